@@ -21,6 +21,12 @@ from ris_fast.physics.scenes import Scenes
 
 CALLS = 4  # on the same few scenes: one network, or several that take turns
 NOISIER = 1.5  # times the spread of the network's own answers
+ROUNDED = 0.05  # of any scene's answer: what bfloat16 or calibrated bytes leave, in an engine that only evaluates
+COSTS = 0.01  # of the loss, that such an engine may
+FARTHER = (
+    0.6  # of the weights' size, where what was calibrated on the weights as they were is off by more than rounding
+)
+DEPARTS = 10.0  # times what it is off by with the weights as they are
 SLOPE, SLOPE_LOW = 1e-2, 0.2  # relative, of a gradient in float32 and in 16 bits
 FAINT = 1e-4  # of the whole gradient: a tensor with less is measured by this
 
@@ -37,7 +43,12 @@ def compare(context: PreflightContext, scenes: Scenes, *, grad: bool) -> Finding
         wanted = model_factor(context, scenes)  # calls may take turns between several copies
         moved = max((step_factor(context, scenes) for _ in range(2)), key=lambda each: relative_change(wanted, each))
         again = model_factor(context, scenes)
-    finding = _difference(context, "while training" if grad else "in validation", answers[0], written, moved, wanted)
+    how = "while training" if grad else "in validation"
+    finding = _difference(context, how, answers[0], written, moved, wanted)
+    if not grad and (finding is None or finding.cause == "compiled_differs"):
+        now = relative_change(written, answers[0])
+        departs = _departs(context, scenes, (weights, directions), now) if now > SAME else None
+        finding = departs or _beyond_rounding(context, scenes, finding, answers[0], written)
     if finding is not None and relative_change(wanted, again) > CLOSE:
         return None  # the network keeps something from one call to the next, which has names of its own
     if (
@@ -81,7 +92,8 @@ def compare_others(context: PreflightContext, scenes: Scenes) -> Finding | None:
 def compare_once(context: PreflightContext, scenes: Scenes) -> Finding | None:
     """Factors of many scenes, in evaluation mode with the weights as they are."""
     answer, written = step_factor(context, scenes), model_factor(context, scenes)
-    return _difference(context, f"in batches of {scenes.batch}", answer, written, answer, written)
+    finding = _difference(context, f"in batches of {scenes.batch}", answer, written, answer, written)
+    return _beyond_rounding(context, scenes, finding, answer, written)
 
 
 def _difference(
@@ -103,6 +115,48 @@ def _difference(
             certain=not own,
         )
     return None
+
+
+def _beyond_rounding(
+    context: PreflightContext, scenes: Scenes, finding: Finding | None, answer: Tensor, written: Tensor
+) -> Finding | None:
+    """A difference of what only evaluates: certain where no usual precision explains it in any scene, and none where
+    one does and the loss is next to the same."""
+    if finding is None or any(relative_change(b, a) > ROUNDED for a, b in zip(answer, written)):
+        return finding
+    answers = (context.step.predict(scenes), _model_prediction(context, scenes))
+    called, own = (float(context.loss(each, scenes)[0]) for each in answers)
+    if abs(called - own) <= COSTS * abs(own):
+        context.note = (
+            f"a difference of rounding in what evaluates: {called:.6g} is the loss of a few scenes by it, and"
+        )
+        context.note += f" {own:.6g} by the network as written"
+        return None
+    return replace(
+        finding,
+        evidence=f"{finding.evidence} The loss of these scenes is {called:.4g} by it and {own:.4g} by the network. A"
+        " low precision may explain it.",
+        certain=False,
+    )
+
+
+def _departs(
+    context: PreflightContext, scenes: Scenes, way: tuple[list[nn.Parameter], list[Tensor]], now: float
+) -> Finding | None:
+    """What is close to the network with these weights and not with others keeps something of these, as ranges of a
+    calibration do."""
+    with context.moved(*way, FARTHER):
+        later = relative_change(model_factor(context, scenes), step_factor(context, scenes))
+    if not later > max(ROUNDED, DEPARTS * now):
+        return None
+    return Finding(
+        "stale_compiled_graph",
+        f"in validation, what the step calls answers as the network as written but for {now:.2g} with its weights as"
+        f" they are, and is off by {later:.2g} with others: it keeps something of these weights, as the ranges of a"
+        " calibration are. Where it is made or calibrated anew before each validation, that is meant.",
+        advice="Calibrate, quantise or export anew before each validation, from the weights as they then are.",
+        certain=False,
+    )
 
 
 def _elsewhere(context: PreflightContext) -> tuple[list[nn.Parameter], list[Tensor]]:

@@ -26,6 +26,7 @@ from ris_fast.training.step import network_inputs
 from ris_fast.training.telemetry.step_telemetry import row_hashes
 
 SCENES = 48
+FEW_APART = 0.05  # of scenes, that noise may take for another's
 ROUNDING = 1e-4  # relative, of a scene that is made in another batch
 # of what kind of scenes, in `known` of the context: masked anew in each reading; these parts change in each reading
 MASKED, REDRAWN = "masked", "redrawn"
@@ -33,6 +34,7 @@ MASKED_ANEW = "numbers of the training scenes are zero in one reading and not in
 AUGMENTED = "training scenes have other snapshots in each reading, and theirs by their channel and targets each time"
 SNAPSHOTS = frozenset(("snapshots", "snr_db", "channel", "codes", "effective_channel"))  # and nothing of the answer
 LABELS = ("factor", "covariance", "azimuth", "elevation", "range_m", "power", "count")
+KEPT = frozenset(("count", "power"))  # what of an answer augmentation leaves: a scene turned is no other scene
 # which parts may be another scene's, and what that is
 OF_OTHERS = (
     ("shuffled_labels", LABELS),
@@ -76,7 +78,12 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
                 return
             if names:
                 context.known[REDRAWN, what] = names
-                theirs = names is not changed and _still_theirs(context, names, kept, again, turned)
+                allowed = SNAPSHOTS.union(LABELS) - KEPT if split == "train" else SNAPSHOTS
+                drawn = names is not changed and allowed.issuperset(names) and not set(names) <= set(LABELS)
+                theirs, unfit = _still_theirs(context, kept, again, turned) if drawn else (False, "")
+                if unfit and not SNAPSHOTS.issuperset(names):
+                    yield _drawn_twice(len(index), f"{how}: their {listed(names)} change", unfit)
+                    return
                 if split == "train" and theirs:
                     context.note = AUGMENTED
                     return
@@ -91,19 +98,32 @@ def scenes_again(context: PreflightContext) -> Iterator[Finding]:
         yield from _as_served(context)
 
 
-def _still_theirs(context: PreflightContext, names: list[str], *readings: Scenes) -> bool:
-    """Whether what is drawn anew is not of the answer, and belongs to it in each reading at the SNR that is said, as
-    noise or a phase that augments training leaves it."""
-    if not SNAPSHOTS.issuperset(names):
-        return False
+def _still_theirs(context: PreflightContext, *readings: Scenes) -> tuple[bool, str]:
+    """Whether what is drawn anew belongs to the rest in each reading at the SNR that is said, as noise, a phase or a
+    turn of the whole scene that augments training leaves it; and how many scenes do not, '' where it is not that."""
     task = context.config.task
     for scenes in readings:
         scenes = as_measured("training", with_factor(scenes), task)
-        if scenes.channel is None or scenes.factor is None or belonging(scenes, task.symbols == "static").mixed_up:
-            return False
+        if scenes.channel is None or scenes.factor is None:
+            return False, ""
+        found = belonging(scenes, task.symbols == "static")
+        broken, decided = int(found.broken.sum()), int(found.decided.sum())
+        if found.mixed_up or broken > FEW_APART * decided:
+            return False, f"in {broken} of {decided} that are loud enough to tell"
         if labels_differ("training", scenes, task.symbols == "static")[0] is not None:
-            return False
-    return True
+            return False, ""
+    return True, ""
+
+
+def _drawn_twice(scenes: int, seen: str, unfit: str) -> Finding:
+    return Finding(
+        "parts_unrelated",
+        f"{scenes} training scenes are read by their numbers; {seen}, and {unfit} the sources do not explain the"
+        " snapshots: what the network is shown and what it is compared with are changed by different draws.",
+        advice="Draw once for each scene, and change snapshots, channel, codes and labels by that draw. If the draw is"
+        " one, the change of the labels is not that of the snapshots: apply each to a noiseless scene and compare.",
+        certain=False,
+    )
 
 
 def _by_a_mask(one: Scenes, other: Scenes) -> bool:

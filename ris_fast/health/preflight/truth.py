@@ -100,11 +100,16 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         return
     guess = context.guess
     if others := _asks_others(context, name, guess):
-        yield Finding(
-            "shapes_broadcast",
-            f"{others} Where scenes are told apart by each other on purpose, that is meant.",
-            certain=False,
-        )
+        if where := _overflows(context, name, guess):
+            yield Finding(
+                "nonfinite_gradients",
+                f"{where}, and its gradient with it. It compares the answers of a batch with each other's targets.",
+                advice="Write exponentials of a comparison with logsumexp or cross_entropy, which subtract the largest"
+                " first, or raise the temperature; one call of the term with the true factors as answers tells.",
+                certain=False,
+            )
+        elif not _tells_apart(context, name, guess):
+            yield Finding("shapes_broadcast", others, certain=False)
         return
     if _reads_padding(context, name, guess):
         yield Finding(
@@ -135,12 +140,8 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         return
     if not _outweighs(context, name, guess):
         return
-    right = oracle(scenes, guess).factor
-    size = (right.flatten(1).norm(dim=1) / guess.factor.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1)
-    way = [
-        term_values(context, guess._replace(factor=(1 - share) * size * guess.factor + share * right), scenes)[name]
-        for share in (0.0, 0.5, 0.8, 1.0)
-    ]
+    right = oracle(scenes, guess)
+    way = [term_values(context, _nearer(guess, right, share), scenes)[name] for share in (0.0, 0.5, 0.8, 1.0)]
     if all(math.isfinite(value) for value in way) and all(b > a + GROWS * abs(a) for a, b in zip(way, way[1:])):
         values = ", ".join(f"{value:.3g}" for value in way)
         yield Finding(
@@ -150,6 +151,40 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
+
+
+def _nearer(guess: Prediction, right: Prediction, share: float) -> Prediction:
+    """An answer on the way from an untrained network's, at the size of the true one, to the truth."""
+    size = right.factor.flatten(1).norm(dim=1) / guess.factor.flatten(1).norm(dim=1).clamp_min(1e-30)
+    return guess._replace(factor=(1 - share) * size.view(-1, 1, 1, 1) * guess.factor + share * right.factor)
+
+
+def _overflows(context: PreflightContext, name: str, guess: Prediction) -> str:
+    """Where on the way to the truth, and not only at its end, a term that is finite at first no longer is; '' where it
+    is finite on all of it."""
+    right = oracle(context.scenes, guess)
+    for share in (0.0, 0.8, 0.9, 0.95):
+        value = term_values(context, _nearer(guess, right, share), context.scenes)[name]
+        if not math.isfinite(value):
+            return (
+                f"the term {name} is {value} for answers that are {share:.0%} of the way to the truth" if share else ""
+            )
+    return ""
+
+
+def _tells_apart(context: PreflightContext, name: str, guess: Prediction) -> bool:
+    """Whether a term asks which scene of the batch an answer belongs to, as a contrastive one does: true answers score
+    better with their own scenes than with the others'.
+
+    Shapes that are broadcast compare every answer with every target, in whatever order these are; an answer that is
+    held to another scene's target scores best with that.
+    """
+    scenes, right = context.scenes, oracle(context.scenes, guess)
+    own = term_values(context, right, scenes)[name]
+    numbers = torch.arange(scenes.batch, device=scenes.snapshots.device)
+    others = [term_values(context, right, scenes[numbers.roll(turn)])[name] for turn in range(1, scenes.batch)]
+    lowest = min(others)
+    return all(map(math.isfinite, (own, *others))) and lowest > own + OTHERS * max(abs(own), abs(lowest))
 
 
 @torch.no_grad()

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as fn
 
-from bench.faults.patches import after_step, on_batches, on_output, wrap
+from bench.faults.patches import after_step, layers, on_batches, on_output, wrap
+from ris_fast.health.preflight.calls import same_network
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.distributions import distributions
 from ris_fast.health.preflight.kernels import loss_kernel
+from ris_fast.health.preflight.modes import randomness
+from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.reach import output_reach
 from ris_fast.health.preflight.rereads import scenes_again
 from ris_fast.health.preflight.scene_parts import physics
 from ris_fast.health.preflight.several_steps import several_steps
+from ris_fast.health.preflight.truth import own_term
+from ris_fast.health.preflight.validation import same_loss
+from ris_fast.models.prediction import Prediction
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import causes, small
+
+ANGLES = ("azimuth", "elevation")
 
 
 def _masked(scenes: Scenes) -> Scenes:
@@ -101,3 +112,141 @@ def test_reach_names_an_output_without_a_sign() -> None:
         ),
     )
     assert causes(output_reach, trainer) == ["limited_output"]
+
+
+def _cosines(prediction: Prediction, scenes: Scenes) -> Tensor:
+    """Of the covariance of every answer with that of every scene, (B, B)."""
+    factors = (to_complex(each) for each in (prediction.factor, scenes.factor))
+    found, true = (fn.normalize(torch.view_as_real(each @ each.mH).flatten(1), dim=1) for each in factors)
+    return found @ true.mT
+
+
+def _distances(prediction: Prediction, scenes: Scenes) -> Tensor:
+    return 2.0 - 2.0 * _cosines(prediction, scenes)
+
+
+def _contrast(temperature: float) -> Callable[[Prediction, Scenes], Tensor]:
+    def term(prediction: Prediction, scenes: Scenes) -> Tensor:
+        logits = _cosines(prediction, scenes) / temperature
+        return fn.cross_entropy(logits, torch.arange(len(logits)), reduction="none")
+
+    return term
+
+
+def _overflowing(prediction: Prediction, scenes: Scenes) -> Tensor:
+    powers = (_cosines(prediction, scenes) / 0.01).exp()
+    return -(powers.diagonal() / powers.sum(1)).log()
+
+
+def _triplet(prediction: Prediction, scenes: Scenes) -> Tensor:
+    away = _distances(prediction, scenes)
+    return (0.1 + away.diagonal() - away.roll(1, 1).diagonal()).relu()
+
+
+@pytest.mark.parametrize(
+    "term, named",
+    [
+        (_contrast(1.0), []),
+        (_contrast(0.01), []),
+        (_triplet, []),
+        (_overflowing, ["nonfinite_gradients"]),
+        (lambda *given: _distances(*given).mean(1), ["shapes_broadcast"]),
+        (lambda *given: _distances(*given).roll(1, 1).diagonal(), ["shapes_broadcast"]),
+    ],
+)
+def test_a_term_that_tells_scenes_apart_is_meant_and_not_one_that_mixes_them_up(
+    term: Callable[[Prediction, Scenes], Tensor], named: list[str]
+) -> None:
+    def own(prediction: Prediction, scenes: Scenes) -> Tensor:
+        return term(prediction, scenes)
+
+    assert causes(own_term, Trainer(small("backprojection"), loss=own)) == named
+
+
+def _turned(scenes: Scenes, *, draws: int, inputs_too: bool = True) -> Scenes:
+    """The surface turned round in half of the scenes, for the labels by the last draw."""
+    drawn = torch.rand(draws, scenes.batch) < 0.5
+
+    def some(which: Tensor, value: Tensor, axis: int) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (value.dim() - 1)), value.flip(axis), value)
+
+    labels = {"factor": some(drawn[-1], scenes.factor, 1)}
+    labels |= {name: torch.where(drawn[-1][:, None], -getattr(scenes, name), getattr(scenes, name)) for name in ANGLES}
+    codes, channel = (some(drawn[0], each, 2) for each in (scenes.with_own_codes().codes, scenes.channel))
+    return replace(scenes, **labels, **({"codes": codes, "channel": channel} if inputs_too else {}))
+
+
+@pytest.mark.parametrize(
+    "change, split, named",
+    [
+        (partial(_turned, draws=1), "train", []),
+        (partial(_turned, draws=1), "val", ["scenes_change"]),
+        (partial(_turned, draws=2), "train", ["parts_unrelated"]),
+        (partial(_turned, draws=1, inputs_too=False), "train", ["scenes_change"]),
+        (lambda scenes: replace(scenes[torch.randperm(scenes.batch)], index=scenes.index), "train", ["scenes_change"]),
+    ],
+    ids=["one draw", "in validation", "two draws", "labels alone", "other scenes"],
+)
+def test_a_turn_of_whole_scenes_is_meant_in_training_alone(
+    change: Callable[[Scenes], Scenes], split: str, named: list[str]
+) -> None:
+    trainer = Trainer(small("backprojection"))
+    on_batches(trainer, change, split)
+    assert causes(scenes_again, trainer) == named
+
+
+def _in_bytes(trainer: Trainer, *, once: bool) -> None:
+    """What evaluates has the outputs of its layers in 8 bits, with ranges that are measured in each call or once."""
+    ranges: dict[nn.Module, Tensor] = {}
+
+    def rounded(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        step = (ranges.setdefault(layer, output.abs().amax()) if once else output.abs().amax()) / 127.0
+        return (output / step).round().clamp(-127, 127) * step
+
+    def make(network: Callable[..., Prediction]) -> Callable[..., Prediction]:
+        def call(*inputs: Tensor) -> Prediction:
+            hooks = [] if torch.is_grad_enabled() else [each.register_forward_hook(rounded) for each in parts]
+            answer = network(*inputs)
+            for hook in hooks:
+                hook.remove()
+            return answer
+
+        return call
+
+    parts = layers(trainer.model)
+    wrap(trainer.step, "network", make)
+
+
+def _answering(change: Callable[[Tensor], Tensor]) -> Callable[[Trainer], None]:
+    """What evaluates changes the factors of the network."""
+
+    def make(network: Callable[..., Prediction]) -> Callable[..., Prediction]:
+        def call(*inputs: Tensor) -> Prediction:
+            answer = network(*inputs)
+            return answer if torch.is_grad_enabled() else answer._replace(factor=change(answer.factor))
+
+        return call
+
+    return lambda trainer: wrap(trainer.step, "network", make)
+
+
+@pytest.mark.parametrize(
+    "engine, named",
+    [
+        (partial(_in_bytes, once=False), []),
+        (_answering(lambda factor: factor.bfloat16().float()), []),
+        (partial(_in_bytes, once=True), ["stale_compiled_graph"]),
+        (_answering(lambda factor: torch.cat((factor[:-1], 0.9 * factor[-1:]))), ["compiled_differs"]),
+    ],
+    ids=["bytes", "bfloat16", "calibrated once", "last scene"],
+)
+def test_an_engine_that_rounds_in_evaluation_is_meant_and_not_one_that_departs(
+    engine: Callable[[Trainer], None], named: list[str]
+) -> None:
+    trainer = Trainer(small("hybrid"))
+    engine(trainer)
+    found = list(same_network(PreflightContext(trainer)))
+    assert [each.cause for each in found] == named
+    assert named != ["compiled_differs"] or found[0].certain
+    if not named:
+        assert causes(same_loss, trainer) == [] and causes(randomness, trainer) == []
