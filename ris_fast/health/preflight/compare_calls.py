@@ -23,9 +23,7 @@ CALLS = 4  # on the same few scenes: one network, or several that take turns
 NOISIER = 1.5  # times the spread of the network's own answers
 ROUNDED = 0.05  # of any scene's answer: what bfloat16 or calibrated bytes leave, in an engine that only evaluates
 COSTS = 0.01  # of the loss, that such an engine may
-FARTHER = (
-    0.6  # of the weights' size, where what was calibrated on the weights as they were is off by more than rounding
-)
+FARTHER = 0.6  # of the weights' size, where what was calibrated on other weights is off by more than rounding
 DEPARTS = 10.0  # times what it is off by with the weights as they are
 SLOPE, SLOPE_LOW = 1e-2, 0.2  # relative, of a gradient in float32 and in 16 bits
 FAINT = 1e-4  # of the whole gradient: a tensor with less is measured by this
@@ -127,10 +125,7 @@ def _beyond_rounding(
     answers = (context.step.predict(scenes), _model_prediction(context, scenes))
     called, own = (float(context.loss(each, scenes)[0]) for each in answers)
     if abs(called - own) <= COSTS * abs(own):
-        context.note = (
-            f"a difference of rounding in what evaluates: {called:.6g} is the loss of a few scenes by it, and"
-        )
-        context.note += f" {own:.6g} by the network as written"
+        context.note = f"what evaluates is off by rounding: a loss of {called:.6g}, and {own:.6g} as written"
         return None
     return replace(
         finding,
