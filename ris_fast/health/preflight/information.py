@@ -104,6 +104,8 @@ def _few_equations(scenes: Scenes) -> str:
     channel, codes = to_complex(few.channel), to_complex(few.codes)
     length, (antennas, elements) = codes.shape[-2], channel.shape[1:]
     seen = channel[:, None] * (codes if few.own_codes else codes[None])[:, :, None]  # y_l = (H diag(c_l)) x
+    if not bool(seen.isfinite().all()):
+        return ""
     values = torch.linalg.svdvals(seen.flatten(1, 2).to(torch.complex64))
     rank = int((values > NONE * values[:, :1]).sum(1).median())
     most = min(length * antennas, elements)

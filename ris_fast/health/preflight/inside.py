@@ -142,7 +142,8 @@ def _at_ends(kind: str, node: Any) -> float:
     result = node._saved_result.detach()
     if kind == "Softmax":
         axis = _signed(node._saved_dim)
-        return float((result.amax(axis) > 1 - END).float().mean()) if result.shape[axis] >= FEWEST else 0.0
+        rows = result.dim() > 0 and result.shape[axis] >= FEWEST
+        return float((result.amax(axis) > 1 - END).float().mean()) if rows else 0.0
     low = -1.0 if kind == "Tanh" else 0.0
     return float(((result > 1 - END) | (result < low + END)).float().mean()) if result.numel() >= FEWEST else 0.0
 

@@ -178,9 +178,10 @@ def _exploding(signals: dict[str, tuple[float, float, bool]]) -> Iterator[Findin
 def _told(context: PreflightContext, value: Tensor) -> float:
     """How much of a signal differs between the scenes of a batch, as a share of it; not-a-number where it has no row
     for each."""
-    value, batch = value.detach().float(), context.scenes.batch
-    if batch < 2 or value.dim() < 2 or len(value) != batch:
+    batch = context.scenes.batch
+    if batch < 2 or value.dim() < 2 or len(value) != batch or value.is_complex():
         return math.nan
+    value = value.detach().float()
     return float((value - value.mean(0)).norm() / value.norm().clamp_min(1e-30))
 
 

@@ -151,7 +151,7 @@ def _unlike_the_split(
         return
     once = torch.zeros(len(numbers), dtype=torch.bool)  # of a number that comes again the last one
     once[torch.stack([(numbers == each).nonzero()[-1, 0] for each in numbers.unique()])] = True
-    index = torch.linspace(0, size - 1, min(SCENES, size)).long().to(source.index_device)
+    index = torch.linspace(0, size - 1, min(SCENES, size), dtype=torch.float64).long().to(source.index_device)
     parts = [labels_and_sizes(source.batch("train", part)) for part in index.split(256)]
     for name in statistics[0]:
         first = torch.cat([each[name] for each in statistics]).double().cpu()[once].sort()[0]

@@ -25,8 +25,9 @@ def reads_no_padding(context: PreflightContext) -> Iterator[Finding]:
     layers: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor) and output.requires_grad and output.dim() > 2 and len(output) == scenes.batch:
-            layers[name] = output
+        if isinstance(output, Tensor) and output.requires_grad and output.is_floating_point():
+            if output.dim() > 2 and len(output) == scenes.batch:
+                layers[name] = output
 
     with layer_calls(context.model, keep):
         total = context.run()[0]

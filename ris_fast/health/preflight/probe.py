@@ -62,7 +62,7 @@ class PreflightContext:
         try:
             while sum(scenes.batch for scenes in found) < LATER and (group := next(groups, None)) is not None:
                 found += group
-            return Scenes.concatenate(found)[:MOST_SCENES]
+            return Scenes.concatenate(found)[:MOST_SCENES] if found else None
         finally:
             state.epoch = now
             getattr(groups, "close", lambda: None)()
@@ -83,7 +83,8 @@ class PreflightContext:
             with self._nothing_remembered():
                 batches = self.trainer._validation_scenes()
         if batches:
-            return Scenes.concatenate(list(batches))[:VALIDATED]
+            enough = -(-VALIDATED // max(1, min(scenes.batch for scenes in batches)))
+            return Scenes.concatenate(list(batches)[:enough])[:VALIDATED]
         return source.batch("val", torch.arange(min(VALIDATED, self.config.data.val_limit, source.size("val"))))
 
     @contextmanager

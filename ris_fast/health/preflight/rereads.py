@@ -144,7 +144,10 @@ def _of_others(
     for cause, parts in OF_OTHERS:
         if any(part in names for part in parts) and set(names) <= set(parts):
             name = next(part for part in parts if part in names)
-            before, then = (row_hashes(getattr(each, name)) for each in (first, second))
+            before, then = getattr(first, name), getattr(second, name)
+            if before is None or then is None or before.shape != then.shape or before.dim() < 2:
+                continue  # one number a scene, as an SNR or a count, is soon another one's
+            before, then = row_hashes(before), row_hashes(then)
             if bool(torch.isin(then[then != before], row_hashes(getattr(kept, name))).any()):
                 return cause, f"some of them have the {listed(names)} of another one of them, bit for bit: these"
     return None

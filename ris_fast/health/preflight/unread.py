@@ -39,7 +39,7 @@ def read_by_something(context: PreflightContext) -> Iterator[Finding]:
         told = _tells_scenes_apart(value)
         if told is None:
             continue
-        unread = told & _flat(slope, told.shape)
+        unread = told & _flat(slope, told)
         if not bool(unread.any()) or not _has_no_part(context, name, unread):
             continue
         count, all_of = int(unread.sum()), int(told.sum())
@@ -102,19 +102,18 @@ def _tells_scenes_apart(value: Tensor) -> Tensor | None:
     return apart if bool(apart.any()) else None
 
 
-def _flat(slope: Tensor | None, shape: torch.Size) -> Tensor:
-    """Where a gradient is exactly zero for all scenes."""
+def _flat(slope: Tensor | None, told: Tensor) -> Tensor:
+    """Where a gradient is exactly zero for all scenes, in the shape of `told`."""
     if slope is None:
-        return torch.ones(shape, dtype=torch.bool)
-    zero = (slope == 0).flatten(2).all(2).all(0) if len(shape) else (slope == 0).all()
-    return zero.cpu()
+        return torch.ones_like(told)
+    return (slope == 0).flatten(2).all(2).all(0) if told.dim() else (slope == 0).all()
 
 
 @torch.no_grad()
 def _has_no_part(context: PreflightContext, name: str, unread: Tensor) -> bool:
     """Whether the answer stays as it is when each scene is given what the layer made of another, at those positions:
     a path without a derivative, as through an argmax, is one too."""
-    module, unread = dict(context.model.named_modules())[name], unread.to(context.trainer.device)
+    module = dict(context.model.named_modules())[name]
 
     def others(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         mask = unread.view(1, -1, *[1] * (output.dim() - 2)) if unread.dim() else unread
@@ -145,9 +144,11 @@ def knows_places(context: PreflightContext) -> Iterator[Finding]:
         axes = _places(context, given)
         if not axes or _says_where(given, axes):
             continue
-        here = _last_answer(context, last, name, lambda value: value)
-        there = _last_answer(context, last, name, lambda value, axes=axes: value.roll([1] * len(axes), axes))
-        others = _last_answer(context, last, name, lambda value: value.roll(1, 0))
+        here = _last_answer(context, last, name, given.shape, lambda value: value)
+        there = _last_answer(
+            context, last, name, given.shape, lambda value, axes=axes: value.roll([1] * len(axes), axes)
+        )
+        others = _last_answer(context, last, name, given.shape, lambda value: value.roll(1, 0))
         if here is None or there is None or others is None:
             continue
         moved, other = relative_change(here, there), relative_change(here, others)
@@ -202,11 +203,18 @@ def _says_where(given: Tensor, axes: list[int]) -> bool:
     return bool(apart.any())
 
 
-def _last_answer(context: PreflightContext, last: str, first: str, change: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """What the last layer answers when what a first one is given has gone through `change`."""
+def _last_answer(
+    context: PreflightContext, last: str, first: str, shape: torch.Size, change: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """What the last layer answers when what a first one is given, of this shape, has gone through `change`."""
     modules, found = dict(context.model.named_modules()), []
+
+    def changed(layer: nn.Module, inputs: tuple) -> tuple | None:
+        given = inputs[0] if inputs else None  # a layer may be called again with something else
+        return (change(given), *inputs[1:]) if isinstance(given, Tensor) and given.shape == shape else None
+
     handles = [
-        modules[first].register_forward_pre_hook(lambda layer, inputs: (change(inputs[0]), *inputs[1:])),
+        modules[first].register_forward_pre_hook(changed),
         modules[last].register_forward_hook(lambda layer, inputs, output: found.append(output)),
     ]
     try:

@@ -26,7 +26,7 @@ from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.forward import is_modal
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.records import HelperRecord
-from ris_fast.health.watch.samples import few_numbers, has_norm
+from ris_fast.health.watch.samples import few_numbers, has_norm, joined, local_values
 
 SEARCHES = (4, 48, 256)  # steps after which helpers are looked for
 FRAMES, VALUES, KEPT = 24, 512, 8  # of a search; helpers
@@ -168,15 +168,15 @@ class Helpers:
 
     def _note_weights(self, name: str, tensors: list[Tensor], place: _Place) -> None:
         """Weights in a dict or a list: the model's own under another name, or others."""
-        own = [p for p in self.model.parameters() if p.requires_grad]
-        if all(p.data_ptr() == q.data_ptr() for p, q in zip(tensors, own)):
+        own = [p for p in self.model.parameters() if p.requires_grad and has_norm(p)]
+        if all(local_values(p).data_ptr() == local_values(q).data_ptr() for p, q in zip(tensors, own)):
             self.aliases[name] = self.aliases.get(name, 0) + 1
         elif place not in [each.module for each in self.found]:
             begun = [by.origin.kept for by in self.by_optimizer]
             kept = [next((each[id(p)][0] for each in begun if id(p) in each), None) for p in own]
             if any(each is None for each in kept):
                 return
-            first, was = few_numbers([each.detach() for each in tensors]), torch.cat([each.float() for each in kept])  # type: ignore[union-attr]
+            first, was = few_numbers([each.detach() for each in tensors]), joined([each.float() for each in kept])  # type: ignore[union-attr]
             as_begun = was.shape == first.shape and bool((was.to(first.device) - first).norm() <= NEAR * was.norm())
             part = weakref.ref(self.model)
             self.found.append(_Helper(name, place, "", part, as_begun, False, 0, first, was, None))
@@ -201,7 +201,7 @@ class Helpers:
         was = None
         if part is not None:
             kept = [next((each[id(p)][0] for each in begun if id(p) in each), None) for p in part.parameters()]
-            was = torch.cat([each.float() for each in kept]) if all(each is not None for each in kept) else None
+            was = joined([each.float() for each in kept]) if all(each is not None for each in kept) else None
         as_begun = False
         if was is not None and was.shape == first.shape:
             was = was.to(first.device)
@@ -336,6 +336,7 @@ def _sample(helper: _Helper, step: int, tensors: list[Tensor]) -> None:
         helper.last_step = step
         return
     of_part = few_numbers([p for p in part.parameters() if p.requires_grad or module is not None])
+    now = now.to(of_part.device)  # a copy may be kept elsewhere
     if helper.last_part is not None and step == helper.last_step + 1 and of_part.shape == now.shape:
         moved = (of_part - helper.last_part).norm().clamp_min(1e-30)
         helper.distances.append(torch.minimum((now - of_part).norm(), (now - helper.last_part).norm()) / moved)

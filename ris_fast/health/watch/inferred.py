@@ -59,7 +59,7 @@ def _targets(inner: list[str], loss: LossRecord, made: Tensor, slope: Tensor, sh
     if inner in SQUARES:
         pull = slope.square().mean() * size  # of all outputs, about
         alone = not loss.of_weights and loss.value is not None and float(loss.value) > 0
-        usual = [2.0 / size, 2.0 / max(1, shape[0]), 2.0]
+        usual = [2.0 / size, 2.0 / max(1, *shape[:1], 1), 2.0]
         factor = float(pull / (2 * loss.value)) if alone else usual[0]
         near = min(usual, key=lambda each: abs(math.log(max(factor, 1e-30) / each)))
         return made - slope / near if 0.4 < factor / near < 2.5 else None

@@ -16,7 +16,7 @@ from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import MOVING
 from ris_fast.health.watch.operations import operation, saved_tensor
 from ris_fast.health.watch.records import LossSigns
-from ris_fast.health.watch.tensors import is_plain
+from ris_fast.health.watch.tensors import LARGE, is_plain
 
 SEEN = 256  # operations of a loss that are looked at
 LOGARITHMIC = {"NllLoss": "nll_loss", "NllLoss2D": "nll_loss", "KlDiv": "kl_div"}  # that expect logarithms
@@ -44,13 +44,14 @@ def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
                 seen.add(after)
                 stack.append(after)
     names |= {operation(node) for node in ends} & {"LogSoftmax"}
-    pull = pull_towards(outputs[0], targets[0], names & BENT) if outputs and targets else None
-    apart = distances(outputs[0], targets[0]) if outputs and targets else None
+    both = outputs and targets and outputs[0].device == targets[0].device
+    pull = pull_towards(outputs[0], targets[0], names & BENT) if both else None
+    apart = distances(outputs[0], targets[0]) if both else None
     if (pull is not None or apart is not None) and outputs[0].requires_grad:
 
         def pulled(grad: Tensor) -> None:
             signs.pull = None if pull is None else pull(grad)
-            if apart is not None and len(reached := grad.detach() != 0) == len(apart):
+            if apart is not None and (reached := grad.detach() != 0).shape[:1] == apart.shape[:1]:
                 reached = reached if reached.ndim == apart.ndim else reached.any(1)
                 far = torch.where(reached, apart, -torch.inf).amax()
                 near = torch.where(reached, torch.inf, apart).amin()
@@ -62,8 +63,10 @@ def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
 
 def distances(outputs: Tensor, targets: Tensor) -> Tensor | None:
     """How wrong each output is, in an order that losses have too: of numbers, of labels of 0 and 1, and of classes
-    (scores on the second axis)."""
+    (scores on the second axis). None for a large number of them."""
     if not is_plain(outputs) or not is_plain(targets) or outputs.is_complex() or targets.is_complex():
+        return None
+    if not outputs.ndim or not targets.numel() or not 0 < outputs.numel() < LARGE:
         return None
     made, asked = outputs.detach(), targets.detach()
     if made.shape == asked.shape and asked.is_floating_point():

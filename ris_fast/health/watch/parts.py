@@ -17,7 +17,7 @@ from ris_fast.health.watch.eager import takes_hooks
 from ris_fast.health.watch.graph import GraphLeaves, comes_of_parameters_only, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.layers import Layers
-from ris_fast.health.watch.tensors import tensors_of
+from ris_fast.health.watch.tensors import is_plain, tensors_of
 
 CALLS, WITHIN = 256, 4096  # that are looked at for their format, and within a pass
 SEQUENTIAL = (nn.RNNBase, nn.MultiheadAttention)
@@ -73,8 +73,9 @@ class PartHooks:
         self.layers.note(name, module, args, output, steps, module.training and torch.is_grad_enabled())
         if isinstance(module, nn.RNNBase) and module.training and isinstance(output, tuple):
             places = {each.data_ptr() for each in self.states}
-            self.carried += any(each.data_ptr() in places for each in tensors_of(args[1:]))
-            self.next_states = tensors_of(output[1:])
+            self.carried += any(each.data_ptr() in places for each in tensors_of(args[1:]) if _is_placed(each))
+            # Detached, they keep their place in memory, and no graph.
+            self.next_states = [each.detach() for each in tensors_of(output[1:]) if _is_placed(each)]
         if args and isinstance(args[0], Tensor) and args[0].ndim > 1:
             self.calls.note(name, module, args[0], output)
             if not module._modules and len(self.inside) < WITHIN and not self._of_parameters_only(args[0]):
@@ -91,6 +92,10 @@ class PartHooks:
             return False
         own = self.leaves.own_parameters()
         return id(given) in own or (given.grad_fn is not None and comes_of_parameters_only(given.grad_fn, own.keys()))
+
+
+def _is_placed(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.numel() > 0
 
 
 class PartCalls:

@@ -79,7 +79,7 @@ def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
 def turned_pictures(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
     """Pictures that are asked for go with those that are given once they are turned, and not as they are."""
     both = [
-        (one.plane, each.targets.plane)
+        (one.plane, each.targets.plane, one.shape)
         for each in losses
         if (one := passes.get(each.number)) is not None and each.targets is not None
         if one.plane is not None and each.targets.plane is not None and len(one.plane) == len(each.targets.plane)
@@ -88,7 +88,7 @@ def turned_pictures(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
     if len(both) < EARLY:
         return
     given, asked = (torch.cat([pair[side] for pair in both]).double().unflatten(1, (GRID, GRID)) for side in (0, 1))
-    shape = passes[losses[0].number].shape
+    shape = both[0][2]
     ways = {
         "as they are": asked,
         "left and right exchanged": asked.flip(2),

@@ -265,9 +265,10 @@ def corners_in_another_order(losses: Sequence[LossRecord]) -> Iterator[Finding]:
         ("targets", [each.targets.few for each in boxes]),
         ("outputs", [each.outputs.few for each in (boxes[-EARLY:] if losses[-1].step > TRAINED else ())]),
     ):
-        if not few:
+        whole = [each.reshape(-1, 4) for each in few if each is not None and each.shape[1] % 4 == 0]
+        if not whole:
             continue
-        rows = torch.cat([each.reshape(-1, 4) for each in few if each is not None and each.shape[1] % 4 == 0])
+        rows = torch.cat(whole)
         turned = int((rows[:, 2:] < rows[:, :2]).any(1).sum())
         if turned >= 4 and turned > CROSSED * len(rows):
             yield finding(

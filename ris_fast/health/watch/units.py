@@ -77,8 +77,8 @@ def _moved(matrix: _Matrix) -> Tensor | None:
     rows = value.detach().movedim(matrix.axis, 0).flatten(1) if value is not None and is_plain(value) else None
     if rows is None or rows.shape[1:] != matrix.unit.shape or rows.device != matrix.unit.device:
         return None
-    moved = rows - matrix.unit
-    return moved[:: max(1, len(rows) // UNITS), :: max(1, len(matrix.unit) // NUMBERS)]
+    unit, number = max(1, len(rows) // UNITS), max(1, len(matrix.unit) // NUMBERS)
+    return rows[::unit, ::number] - matrix.unit[::number]
 
 
 def _groups(moved: Tensor) -> list[int]:

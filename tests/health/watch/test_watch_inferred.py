@@ -252,3 +252,33 @@ def test_a_warm_up_that_nothing_ends(capped: bool) -> None:
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 20) if capped else (n + 1) / 20)
     seen = loop(model, steps=120, optimizer=optimizer, after=warm.step)
     assert causes(seen) == ([] if capped else ["learning_rate_off_plan"])
+
+
+class Mean(nn.Module):
+    """One number for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_output_of_no_axes(told: bool) -> None:
+    torch.manual_seed(0)
+    model = Mean()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    seen = watch(model, optimizer)
+    for _ in range(24):
+        target = torch.randn(())
+        output = model(torch.randn(8, 4))
+        loss = F.mse_loss(output, target)
+        if told:
+            seen.loss(loss, output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    seen.report()  # an error of the watch itself is a warning, and fails here
+    seen.close()
