@@ -23,8 +23,8 @@ BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
 COMPARED = 2048  # scenes of training, with each of validation
 LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
 ALIKE, NEAR = 0.9, 0.7  # of two that are copies up to noise; of two that are alike
-# share of pairs within training that are copies, at most; share from which these are held to that of pairs that are
-# alike and no copies; share of validation scenes
+# share of pairs within training that are copies, at most; share that are alike, from which copies are held to those
+# that are no copies: of a small array many are more or less alike; share of validation scenes
 SPARSE, FEW_PAIRS, BETWEEN, FEW_ALIKE = 0.1, 0.02, 0.4, 0.1
 DRAWN = "drawn again"  # what is seen of scenes whose numbers come again in one epoch: in `known` of the context
 FEW = 4  # of the first scenes, one in so many may be copies of others in the data; a batch that comes again is more
@@ -188,7 +188,7 @@ def _same_places(source: Any) -> Iterator[Finding]:
         many = found.any(1)
         # Scenes of one split that are alike more or less, as through a channel that is fixed, say nothing.
         copies, near = (float((values.fill_diagonal_(0.0) > least).float().mean()) for least in (ALIKE, NEAR))
-        usual = copies > FEW_PAIRS and near - copies > BETWEEN * copies
+        usual = near > FEW_PAIRS and near - copies > BETWEEN * copies
         if copies > SPARSE or usual or int(many.sum()) <= FEW_ALIKE * len(many):
             continue
         first = int(many.nonzero()[0, 0])

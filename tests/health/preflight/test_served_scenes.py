@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.faults.healthy import changed, healthy_config
 from bench.faults.patches import LABELS, on_batches, on_factor, rebound, wrap
 from ris_fast.health.preflight import (
     dependent,
@@ -139,6 +140,11 @@ def test_splits_names_windows_of_one_recording(apart: bool) -> None:
 
 
 # ---- labels of others in a second reading
+
+
+def test_splits_is_silent_about_the_few_fields_of_a_small_array() -> None:
+    trainer = Trainer(changed(healthy_config(212), {"data.fixed": True}))  # four elements, a quarter wavelength apart
+    assert causes(scenes.splits, trainer) == []
 
 
 @pytest.mark.parametrize(
