@@ -201,4 +201,4 @@ class Step:
 
 def own_schedule(step: Step) -> bool:
     """Whether something of the user's own sets the learning rates in place of `Step.schedule`."""
-    return "schedule" in vars(step) or type(step).schedule is not Step.schedule
+    return "schedule" in vars(step) or getattr(type(step), "schedule", Step.schedule) is not Step.schedule
