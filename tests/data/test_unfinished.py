@@ -48,6 +48,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return contents(write_shards(CONFIG, tmp_path_factory.mktemp("whole") / "set", SIZES, shard_scenes=16).parent)
 
 
+def same_record(one: bytes, other: bytes) -> bool:
+    """Of JSON, whether both say the same: the 17th digit of a number may be another."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
 @pytest.mark.parametrize("name", ["train-00001.safetensors", "train-00001.json"])
 def test_a_flipped_bit_in_unfinished_work_is_made_again(
     tmp_path: Path, name: str, straight: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -57,6 +65,8 @@ def test_a_flipped_bit_in_unfinished_work_is_made_again(
     for at in range(0, len(raw), max(1, len(raw) // 25)):
         flipped = raw.copy()
         flipped[at] ^= 1 << (at % 8)
+        if same_record(raw, flipped):
+            continue
         (partial / name).write_bytes(flipped)
         assert write.kept(partial / "train-00001.safetensors", 16) is None, at
     made: list[int] = []
