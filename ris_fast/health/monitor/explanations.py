@@ -34,7 +34,7 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     ),
     "the network, its gradient and the loss": (
         preflight.parameters, preflight.network, preflight.gradient, preflight.terms, preflight.loss,
-        preflight.kernels, preflight.calls,
+        preflight.own_terms, preflight.kernels, preflight.calls,
     ),
     "the optimizer's step and its schedule": (preflight.schedule, preflight.one_step, preflight.several_steps),
 }  # fmt: skip

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.own_terms import outweighs
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.truth import COVARIANCE, _outweighs, _turned, oracle
+from ris_fast.health.preflight.truth import COVARIANCE, oracle, turned
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import conj, multiply
 from ris_fast.physics.scenes import Scenes
@@ -36,88 +38,109 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     if not name or context.loss.weights.get(name, 0.0) <= 0 or scenes.factor is None or scenes.batch < 4:
         return
     beside = any(context.loss.weights.get(each, 0.0) > 0 for each in COVARIANCE)  # terms that do know what is right
-    if beside and not _outweighs(context, name, context.guess):
+    if beside and not outweighs(context, name, context.guess):
         return
     right = oracle(scenes, context.guess)
     apart = float(scene_nmse(right._replace(factor=right.factor.roll(1, 0)), scenes).mean())
     if not apart > DIFFERENT:
         return
-    score = _scored(context, name, right, right.factor, scenes)
-    others = [_scored(context, name, right, right.factor.roll(step, 0), scenes) for step in (1, -1)]
-    other, random = min(others), _scored(context, name, right, context.guess.factor.float(), scenes)
-    if not all(map(math.isfinite, (score, other, random))):
+    scores = _scores(context, name, right, scenes)
+    if not all(map(math.isfinite, (scores.own, scores.other, scores.random))):
         return
-    conjugate = _scored(context, name, right, conj(right.factor), scenes)
-    turned = _scored(context, name, right, _turned(right.factor), scenes)
     seen = (
-        f"the best that the true factors score in {name}, at any scale, is {score:.4g}; the true factors of other"
-        f" scenes {other:.4g}, an untrained network {random:.4g}"
+        f"the best that the true factors score in {name}, at any scale, is {scores.own:.4g}; the true factors of other"
+        f" scenes {scores.other:.4g}, an untrained network {scores.random:.4g}"
     )
-    size = max(abs(score), abs(other), abs(random), 1e-30)
-    if _lowest(conjugate, (score, other, random), random):
-        cause, why = (
-            "conjugation_error",
+    if (judged := _prefers(context, name, right, scenes, scores)) is None and not beside:
+        judged = _knows_no_phases(scores)
+    if judged is not None:
+        if not beside or scores.own > LOW * scores.random:  # it may say what the others do not
+            yield Finding(judged[0], f"{seen}{judged[1]}.", certain=False)
+    elif _reads_factors(context, name, right, scenes):
+        lower = _below(context, name, right, scenes)
+        if lower < scores.own - FAR_BELOW * max(scores.random - scores.own, DEAF * scores.size):
+            yield Finding(
+                "target_scale_differs",
+                f"{seen}; down its own gradient from the true factors {name} reaches {lower:.4g}: its lowest value is"
+                " not at the truth. The two likeliest reasons: one side has another form, as probabilities where"
+                " logarithms are meant, decibels or a square; and a reward for what is only a part of the target.",
+                advice="Print the term for the truth itself, and for the truth a little sharper, smaller and larger: it"
+                " should be lowest for the truth. kl_div takes logarithms first, and cross_entropy no softmax.",
+                certain=False,
+            )
+
+
+class Scores(NamedTuple):
+    """What a term says of the true factors, of those of other scenes (the least and the most), of an untrained network,
+    of the conjugates, and of the true factors with each element turned by a phase of its own."""
+
+    own: float
+    other: float
+    most: float
+    random: float
+    conjugate: float
+    turned: float
+
+    @property
+    def size(self) -> float:
+        return max(abs(self.own), abs(self.other), abs(self.random), 1e-30)
+
+
+def _scores(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> Scores:
+    def scored(factor: Tensor) -> float:
+        return _scored(context, name, right, factor, scenes)
+
+    own, others = scored(right.factor), [scored(right.factor.roll(step, 0)) for step in (1, -1)]
+    random = scored(context.guess.factor.float())
+    return Scores(own, min(others), max(others), random, scored(conj(right.factor)), scored(turned(right.factor)))
+
+
+def _prefers(
+    context: PreflightContext, name: str, right: Prediction, scenes: Scenes, scores: Scores
+) -> tuple[str, str] | None:
+    """The cause, and why, where a term prefers something else to the truth or does not know it from that."""
+    own, other, most, random, conjugate, _ = scores
+    little = DEAF * scores.size
+    if _lowest(conjugate, (own, other, random), random):
+        return "conjugation_error", (
             f", and their complex conjugates {conjugate:.4g}: one side is conjugated, or transposed, and the other is"
-            " not",
+            " not"
         )
-    elif _lowest(other, (score, max(others), random), random):
-        cause, why = "shuffled_labels", ": an answer is compared with another scene's target, as after a roll or a sort"
-    elif score > LOW * random and _knows_phases(context, name, right, scenes):
-        cause, why = (
-            "conjugation_error",
-            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose"
-            " stands where"
-            " the conjugate transpose belongs",
+    if _lowest(other, (own, most, random), random):
+        return "shuffled_labels", ": an answer is compared with another scene's target, as after a roll or a sort"
+    if own > LOW * random and _knows_phases(context, name, right, scenes):
+        return "conjugation_error", (
+            "; and it changes when a factor is turned by one phase, which leaves F F^H as it is: a transpose stands"
+            " where the conjugate transpose belongs"
         )
-    elif max(abs(other - score), abs(random - score)) < DEAF * size:
-        cause, why = "dead_loss_term", ": it does not tell right from wrong"
-    elif score > random + DEAF * size and abs(other - score) < DEAF * size:
-        cause, why = (
-            "target_scale_differs",
-            ": whose target it is does not matter, and the truth is not best: beside one side the other is nothing",
+    if max(abs(other - own), abs(random - own)) < little:
+        return "dead_loss_term", ": it does not tell right from wrong"
+    if own > random + little and abs(other - own) < little:
+        return "target_scale_differs", (
+            ": whose target it is does not matter, and the truth is not best: beside one side the other is nothing"
         )
-    elif score > max(random, other) + DEAF * size:
-        cause, why = "loss_sign", ": it is largest for the right answer, as a similarity that is minimised"
-    elif abs(other - score) < DEAF * size:
-        batch = _of_the_batch(context, name, right, scenes, size)
-        cause, why = (
-            (
-                "scenes_mixed",
-                ": it does not matter which scene an answer is for, and of a scene by itself it does: a mean over the"
-                " scenes is taken before answers are compared",
-            )
-            if batch
-            else (
-                "dead_loss_term",
-                ": what it compares, as a diagonal or a trace, is the same in all scenes, so it does not tell one"
-                " scene's truth from another's",
-            )
+    if own > max(random, other) + little:
+        return "loss_sign", ": it is largest for the right answer, as a similarity that is minimised"
+    if not abs(other - own) < little:
+        return None
+    if _of_the_batch(context, name, right, scenes, scores.size):
+        return "scenes_mixed", (
+            ": it does not matter which scene an answer is for, and of a scene by itself it does: a mean over the"
+            " scenes is taken before answers are compared"
         )
-    elif not beside and min(abs(conjugate - score), abs(turned - score)) < DEAF * size:
-        cause, why = (
-            "conjugation_error",
-            f", their conjugates {conjugate:.4g} and the same with elements turned by phases of their own {turned:.4g}:"
-            " it compares sizes, or real parts, and no phases",
-        )
-    elif _reads_factors(context, name, right, scenes) and (
-        lower := _below(context, name, right, scenes)
-    ) < score - FAR_BELOW * max(random - score, DEAF * size):
-        yield Finding(
-            "target_scale_differs",
-            f"{seen}; down its own gradient from the true factors {name} reaches {lower:.4g}: its lowest value is not"
-            " at the truth. The two likeliest reasons: one side has another form, as probabilities where logarithms"
-            " are"
-            " meant, decibels or a square; and a reward for what is only a part of the target.",
-            advice="Print the term for the truth itself, and for the truth a little sharper, smaller and larger: it"
-            " should be lowest for the truth. kl_div takes logarithms first, and cross_entropy no softmax.",
-            certain=False,
-        )
-        return
-    else:
-        return
-    if beside and not score > LOW * random:
-        return  # it may say what the others do not
-    yield Finding(cause, f"{seen}{why}.", certain=False)
+    return "dead_loss_term", (
+        ": what it compares, as a diagonal or a trace, is the same in all scenes, so it does not tell one scene's truth"
+        " from another's"
+    )
+
+
+def _knows_no_phases(scores: Scores) -> tuple[str, str] | None:
+    if min(abs(scores.conjugate - scores.own), abs(scores.turned - scores.own)) >= DEAF * scores.size:
+        return None
+    return "conjugation_error", (
+        f", their conjugates {scores.conjugate:.4g} and the same with elements turned by phases of their own"
+        f" {scores.turned:.4g}: it compares sizes, or real parts, and no phases"
+    )
 
 
 def _lowest(value: float, others: tuple[float, ...], random: float) -> bool:

@@ -16,12 +16,13 @@ from ris_fast.health.preflight.derivative import unfollowed
 from ris_fast.health.preflight.drift import changes_by_itself
 from ris_fast.health.preflight.loss import keeps_nothing
 from ris_fast.health.preflight.one_step import one_step
+from ris_fast.health.preflight.own_terms import own_term
 from ris_fast.health.preflight.parameters import unregistered
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.reach import output_reach
 from ris_fast.health.preflight.scene_gradients import scenes_learned_from
 from ris_fast.health.preflight.several_steps import several_steps
-from ris_fast.health.preflight.truth import own_term, truth
+from ris_fast.health.preflight.truth import truth
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer

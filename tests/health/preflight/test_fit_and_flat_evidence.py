@@ -17,11 +17,11 @@ from ris_fast.health.preflight.gradient import connected, every_tensor
 from ris_fast.health.preflight.kernels import loss_kernel
 from ris_fast.health.preflight.labels import labels_of_targets
 from ris_fast.health.preflight.one_step import one_step
+from ris_fast.health.preflight.own_terms import own_term
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.rereads import scenes_again
 from ris_fast.health.preflight.scene_parts import physics
 from ris_fast.health.preflight.several_steps import several_steps
-from ris_fast.health.preflight.truth import own_term
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer

@@ -18,12 +18,12 @@ from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.distributions import distributions
 from ris_fast.health.preflight.kernels import loss_kernel
 from ris_fast.health.preflight.modes import randomness
+from ris_fast.health.preflight.own_terms import own_term
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.reach import output_reach
 from ris_fast.health.preflight.rereads import scenes_again
 from ris_fast.health.preflight.scene_parts import physics
 from ris_fast.health.preflight.several_steps import several_steps
-from ris_fast.health.preflight.truth import own_term
 from ris_fast.health.preflight.validation import same_loss
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.real_complex import to_complex
