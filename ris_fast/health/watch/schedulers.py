@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+SETTLED = 4  # steps after which all that the loop uses is there
+SHARE = 0.01  # of the loop's time that a search may take where nothing speaks of a scheduler
 LENGTHS = ("total_steps", "T_max", "total_iters", "T_0")
 
 
@@ -34,7 +37,11 @@ class Schedulers:
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
         self.found: list[Any] = []
+        self.later = False  # whether it was searched after the loop had begun
+        began = perf_counter()
         self.search()
+        self.began = perf_counter()
+        self.search_s = self.began - began
 
     def search(self) -> None:
         known = {id(each) for each in self.found}
@@ -43,6 +50,17 @@ class Schedulers:
         self.found += [
             each for each in some if hasattr(each, "optimizer") and _record(each, self.optimizers) is not None
         ]
+
+    def look(self, steps: int) -> None:
+        """After a step: finds those that were made after the watch began. A search walks all objects of the process
+        and so is made once, at once where torch has wrapped a `step` for a scheduler. ReduceLROnPlateau wraps none."""
+        if self.later or steps < SETTLED:
+            return
+        if any(hasattr(each.step, "_wrapped_by_lr_sched") for each in self.optimizers) or (
+            self.search_s < SHARE * (perf_counter() - self.began)
+        ):
+            self.later = True
+            self.search()
 
     def records(self) -> list[SchedulerRecord]:
         """Those that are not part of another."""

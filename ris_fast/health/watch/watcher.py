@@ -28,8 +28,6 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.schedulers import Schedulers, loss_scales
 from ris_fast.health.watch.start import Start, as_drawn
 
-SETTLED = 4  # steps after which all that the loop uses is there
-
 
 class Watcher:
     """Watches a model and its optimizers from outside; see `ris_fast.health.watch` for the arguments.
@@ -108,8 +106,7 @@ class Watcher:
             self.helpers.look(steps, sys._getframe(1))
         if optimizer is first.optimizer:
             self.forward.units.look(steps)
-            if steps == SETTLED:
-                self.schedulers.search()  # those that were made after the watch began
+            self.schedulers.look(steps)
         if steps <= DENSE and not self.ranks.active:
             self.ranks.begin()
 

@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from ris_fast.health import watch
+from ris_fast.health.watch import schedulers
 from ris_fast.health.watch.watcher import Watcher
 
 Step = Callable[[int], object]
@@ -225,6 +226,23 @@ def test_a_rate_that_waits_for_the_wrong_score(mode: str, expected: list[str]) -
             schedule.step(1.0 / step)
 
     assert fit(seen, model, optimizer, 160, after)[:1] == expected
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["planned", "waits for a score"])
+def test_a_schedule_that_is_gone_before_the_report(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made after the watch began, by a function that trains and returns; one that waits is searched for when the loop
+    has run for long enough."""
+    monkeypatch.setattr(schedulers, "SHARE", 1e6 if waits else 0.0)
+    model = mlp(8, 8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    seen = watch(model, optimizer)
+
+    def train() -> None:
+        schedule = lr_scheduler.ReduceLROnPlateau(optimizer) if waits else lr_scheduler.StepLR(optimizer, 3)
+        fit(None, model, optimizer, 8, lambda step: schedule.step(1.0) if waits else schedule.step())
+
+    train()
+    assert [each.kind for each in seen.schedulers.records()] == ["ReduceLROnPlateau" if waits else "StepLR"]
 
 
 @pytest.mark.parametrize("wrong", [True, False])
