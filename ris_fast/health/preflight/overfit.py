@@ -27,6 +27,7 @@ TRIED, LONGEST = 25, 4.0  # steps at each rate at least, or nothing is said; sec
 ZERO = 1.0  # NMSE of an answer of zeros: what falls to that has learned nothing of its scenes
 FALLS, FLAT = 0.05, 0.01  # share of the NMSE: that a network which can learn takes off, and that counts as none
 NOISY = 0.3  # cosine of two gradients of the same scenes, below which chance makes most of them
+HELD = 1.0  # of the gradient that comes through the answers, above which a term of the weights alone outweighs it
 LEARNED, LEFT = 0.3, 0.7  # of a scene's own first NMSE, where scenes split
 
 
@@ -102,6 +103,18 @@ def _reason(
         return
     if few:
         return  # it may take more steps than any of these were
+    pull = _pull(context)
+    if pull > HELD:
+        yield Finding(
+            "dominating_term",
+            f"{own}, and plain Adam takes off {tried} of the NMSE. After these steps, what the loss asks of the weights"
+            f" themselves has {pull:.3g} times the gradient that comes through the network's answers: it holds the"
+            " weights, whatever the scenes.",
+            advice="Look for a penalty on the weights or on their distance from earlier ones, in the loss or a term of"
+            " your own, and train once without it.",
+            certain=False,
+        )
+        return
     cosine = _agreement(context, first)
     if cosine < NOISY:
         yield Finding(
@@ -163,6 +176,19 @@ def _plain_adam(context: PreflightContext, first: list[Tensor]) -> dict[float, f
 def _set(live: list[Tensor], values: list[Tensor]) -> None:
     for parameter, value in zip(live, values):
         parameter.copy_(value)
+
+
+def _pull(context: PreflightContext) -> float:
+    """Norm of the gradient that reaches the weights past the answers, of that which comes through them, at the weights
+    as they are."""
+    live, prediction = list(context.trainable.values()), context.step.predict(context.scenes)
+    beside = context.loss(prediction.apply(Tensor.detach), context.scenes)[0]
+    if not beside.requires_grad:
+        return 0.0
+    past = derivatives(beside, live)
+    whole = derivatives(context.loss(prediction, context.scenes)[0], live)
+    through = [a if b is None or a is None else a - b for a, b in zip(whole, past)]
+    return total_norm(past) / max(total_norm(through), 1e-300)
 
 
 def _agreement(context: PreflightContext, first: list[Tensor]) -> float:

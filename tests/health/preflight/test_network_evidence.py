@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from bench.faults.patches import before_step, gradients, on_answer, on_output, rebound, wrap
+from ris_fast.health.preflight import overfit
 from ris_fast.health.preflight.inputs import reads_scenes
 from ris_fast.health.preflight.modes import randomness
 from ris_fast.health.preflight.norms import between_layers, epsilons
@@ -247,12 +248,20 @@ def test_mixed_allows_statistics_of_the_batch_in_training(norm: Any, expected: l
 # -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that other work slows down makes as many steps as any other."""
+    monkeypatch.setattr(overfit, "SECONDS", 600.0)
+    monkeypatch.setattr(overfit, "LONGEST", 600.0)
+
+
 def reasons(trainer: Trainer) -> list[tuple[str, bool]]:
     with preserve_state(trainer):
         return said(overfit_batch, trainer)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_time")
 def test_overfit_batch_tells_a_wrong_step_from_a_slow_one() -> None:
     trainer = network()
     before_step(trainer, lambda: [part.neg_() for part in gradients(trainer)])
@@ -262,8 +271,26 @@ def test_overfit_batch_tells_a_wrong_step_from_a_slow_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_time")
 def test_overfit_batch_names_a_network_that_no_rate_teaches() -> None:
     trainer = network()
     on_answer(trainer, lambda factor: factor * torch.randn_like(factor).sign())
     (finding,) = overfit_batch(PreflightContext(trainer))
     assert finding.cause == "cannot_memorise" and not finding.certain and "takes off 0%" in finding.evidence
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("weight, expected", [(1e4, [("dominating_term", False)]), (1e-4, [])])
+def test_overfit_batch_names_a_penalty_that_holds_the_weights(weight: float, expected: list) -> None:
+    trainer = network()
+    first = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    plain = trainer.loss.forward
+
+    def penalised(prediction: Any, scenes: Any) -> Any:
+        total, terms = plain(prediction, scenes)
+        gaps = [(now - then).square().sum() for now, then in zip(trainer.model.parameters(), first)]
+        return total + weight * torch.stack(gaps).sum(), terms
+
+    trainer.loss.forward = penalised
+    assert reasons(trainer) == expected
