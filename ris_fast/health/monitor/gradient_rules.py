@@ -183,7 +183,8 @@ def steps_without_gradient(run: RunHistory) -> Iterator[Finding]:
         regular = seen["every"] is not None and seen["every"] > 1
         yield run.finding(
             "gradient_underflow" if scaled else "zeroed_gradients",
-            f"the optimizer finds a gradient of exactly zero in {_when(seen)}, of {window['recorded']} steps.",
+            f"the optimizer finds a gradient of exactly zero in {_when(seen)}, of {window['recorded']} steps: something"
+            " clears what backward leaves, or no backward runs, as behind a guard that leaves batches out.",
             certain=regular and not scaled,
         )
     some, tensors = window.get("partly_zero_steps"), window.get("partly_zero")

@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from ris_fast.health.watch.graph import GraphLeaves
 from ris_fast.health.watch.loss import FIRST, WALKED, record_of, walk
-from ris_fast.health.watch.records import LossRecord
+from ris_fast.health.watch.loss_records import LossRecord
 
 KEPT = 256
 FRAMES = 24

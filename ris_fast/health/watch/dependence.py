@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ris_fast.health.watch.records import LoopRecord, LossRecord, Numbers, PassRecord
+from ris_fast.health.watch.loss_records import LossRecord, Numbers
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import LoopRecord
 
 CLASSES, WIDE = 256, 32  # labels; numbers of one of several inputs, from which on they may not be all
 SILENT = 0.035  # share that is found of `SCENES` by chance

@@ -33,7 +33,7 @@ from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.modules import modules_record
 from ris_fast.health.watch.parts import PartHooks
-from ris_fast.health.watch.records import ForwardRecord, PassRecord
+from ris_fast.health.watch.pass_records import ForwardRecord, PassRecord
 from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,

@@ -21,7 +21,7 @@ from ris_fast.health.watch.operations import (
     reshaped_as_transposed,
     straight_products,
 )
-from ris_fast.health.watch.records import LeafRecord, PassShapes
+from ris_fast.health.watch.pass_records import LeafRecord, PassShapes
 from ris_fast.health.watch.rivals import held_by_optimizers
 from ris_fast.health.watch.samples import few_numbers, has_norm
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ris_fast.health.watch.graph import MOVING
 from ris_fast.health.watch.loss import WALKED
-from ris_fast.health.watch.records import LoopRecord, LossRecord, Numbers, PassRecord
+from ris_fast.health.watch.loss_records import LossRecord, Numbers
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import LoopRecord
 
 CLASSES = 64  # of which the numbers of a row are all known
 SQUARES = (["MseLoss"], ["Mean", "Pow", "Sub"], ["Mean", "Pow", "Rsub"], ["Sum", "Pow", "Sub"], ["Mean", "Mul", "Sub"])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import CHAIN, MOVING, GraphLeaves, chain_of, graph_of
+from ris_fast.health.watch.loss_records import LossRecord, Numbers
 from ris_fast.health.watch.loss_signs import signs_of
 from ris_fast.health.watch.operations import (
     made_shape,
@@ -24,7 +25,6 @@ from ris_fast.health.watch.operations import (
     reshaped_as_transposed,
     saved_tensor,
 )
-from ris_fast.health.watch.records import LossRecord, Numbers
 from ris_fast.health.watch.tensors import (
     KEY_NUMBERS,
     KEYS,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ris_fast.health.watch.eager import eager_hook
 from ris_fast.health.watch.graph import MOVING
+from ris_fast.health.watch.loss_records import LossSigns
 from ris_fast.health.watch.operations import operation, saved_tensor
-from ris_fast.health.watch.records import LossSigns
 from ris_fast.health.watch.tensors import LARGE, is_plain
 
 SEEN = 256  # operations of a loss that are looked at

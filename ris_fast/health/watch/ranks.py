@@ -30,8 +30,8 @@ from ris_fast.health.watch.clock import Clock
 from ris_fast.health.watch.eager import eager
 from ris_fast.health.watch.gradients import arrival_hook
 from ris_fast.health.watch.hooks import OptimizerHooks, has_closure, rates_of
+from ris_fast.health.watch.pass_records import PassRecord
 from ris_fast.health.watch.rank_records import RankOptimizer, RankRecord, RanksRecord, RankStep, Wrapper
-from ris_fast.health.watch.records import PassRecord
 from ris_fast.health.watch.samples import has_norm, held_tensors, joined
 
 DENSE, KEPT, CHOSEN, NUMBERS, LAST, PASSES = 8, 16, 64, 16, 1024, 128

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, PassRecord
+from ris_fast.health.watch.pass_records import ForwardRecord, PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 SCENES, LOOKS = 8, 4
 

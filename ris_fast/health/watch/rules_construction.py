@@ -12,7 +12,8 @@ from torch import nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.loss import WALKED
-from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord
+from ris_fast.health.watch.pass_records import ForwardRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 CALLS = 4  # of a layer that show it
 HEAVY = 0.75

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.inferred import told_losses
-from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord, LossRecord, PassRecord
+from ris_fast.health.watch.loss_records import LossRecord
+from ris_fast.health.watch.pass_records import ForwardRecord, PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 from ris_fast.health.watch.rules_windows import (
     overlap_within,
     series_of,

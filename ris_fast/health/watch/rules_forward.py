@@ -10,7 +10,8 @@ import torch
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.describe import describe_steps, describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, ForwardRecord, LeafRecord, LoopRecord, PassRecord
+from ris_fast.health.watch.pass_records import ForwardRecord, LeafRecord, PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 ROUNDS = 3  # as many steps with the same pattern of passes are no accident
 LONG = 1000  # steps after which what has not come yet is no longer waited for

@@ -13,7 +13,8 @@ from torch import nn
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.functions import FunctionCheck
-from ris_fast.health.watch.records import EARLY, ForwardRecord, LoopRecord
+from ris_fast.health.watch.pass_records import ForwardRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 CALLS = 4  # of a layer that show it
 CUT_OFF = 1e-6  # of the spread, from one layer to the next

@@ -14,7 +14,9 @@ from torch import Tensor
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.loss import WALKED
-from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, PassRecord
+from ris_fast.health.watch.loss_records import LossRecord
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 from ris_fast.health.watch.tensors import GRID
 
 SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose

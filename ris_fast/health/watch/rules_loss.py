@@ -12,8 +12,9 @@ from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.graph import MOVING
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.loss import RAW, REDUCING
+from ris_fast.health.watch.loss_records import LossRecord, Numbers
 from ris_fast.health.watch.operations import CUTTING
-from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, Numbers
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 LOOKS = 2  # as many losses show it
 ENDS = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}

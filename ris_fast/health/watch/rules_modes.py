@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, LoopRecord, PassRecord
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 AGAIN = 16  # scenes that came again
 ALIKE, APART = 0.12, 0.1  # correlation of one scene's two appearances, and how far above that of two scenes

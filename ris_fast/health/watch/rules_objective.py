@@ -13,8 +13,9 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.graph import MOVING
 from ris_fast.health.watch.loss import REDUCING, WALKED
+from ris_fast.health.watch.loss_records import LossRecord
 from ris_fast.health.watch.operations import CUTTING, STEPWISE
-from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, OptimizerRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord
 
 LOOKS = 4
 DISTANCES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv", "CrossEntropy")

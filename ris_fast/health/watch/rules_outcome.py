@@ -15,7 +15,8 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.watch.dependence import by_chance, distinct, explained_share, scenes_with_targets
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.inferred import told_losses
-from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
+from ris_fast.health.watch.loss_records import LossRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 from ris_fast.health.watch.rules_told import number_pairs
 from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shrunk_weights, suspect
 

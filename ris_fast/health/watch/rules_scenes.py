@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord, PassRecord
+from ris_fast.health.watch.loss_records import LossRecord
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 ROWS = 32  # that are looked at
 STEPS = 32  # of one batch, which are no accident

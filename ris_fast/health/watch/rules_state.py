@@ -10,7 +10,8 @@ from torch import nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.records import EARLY, LoopRecord, PassRecord
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 PLACES = 3
 

@@ -14,7 +14,8 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.loss import WALKED
-from ris_fast.health.watch.records import EARLY, LoopRecord, LossRecord
+from ris_fast.health.watch.loss_records import LossRecord
+from ris_fast.health.watch.records import EARLY, LoopRecord
 
 AWAY, APART = -0.3, 0.2  # mean pull of a loss that goes away from its targets, and of one that does not know them
 LOSSES = {"nll_loss": "`nll_loss`", "kl_div": "`kl_div`"}

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.watch.fixes import finding
-from ris_fast.health.watch.records import EARLY, LossRecord, PassRecord
+from ris_fast.health.watch.loss_records import LossRecord
+from ris_fast.health.watch.pass_records import PassRecord
+from ris_fast.health.watch.records import EARLY
 from ris_fast.health.watch.scenes import RICH, rows_of
 
 WINDOW, SHARED, NO_ORDER = 6, 0.3, 0.05  # least length of a window; share of windows; correlation of neighbours
