@@ -304,6 +304,9 @@ class ForwardHooks:
         reads_rows = now.of_kind <= MARKED or now.of_kind % ROWS_EVERY == 0
         if with_grad and self.marked < MARKED:
             self.marked, mark = self.marked + 1, fingerprint_of(with_grad[0])
+        # A hook that held the tensor that it is on would keep both: autograd's own part of that circle is not seen by
+        # the garbage collector.
+        first_has_grad = bool(with_grad) and with_grad[0] is outputs[0]
 
         def first(grad: Tensor) -> None:
             if not now.reached and reads_rows and now.of_kind <= FIRST:
@@ -311,7 +314,7 @@ class ForwardHooks:
                     now.rows, now.grad_finite = largest != 0, largest.isfinite().all()
                 elif (flags := nonfinite([grad])) is not None:
                     now.grad_finite = ~flags.any()
-            if now.output is not None and with_grad[0] is outputs[0] and is_plain(grad):
+            if now.output is not None and first_has_grad and is_plain(grad):
                 slope = few_rows([grad])
                 now.slope = slope if now.slope is None or slope is None else now.slope + slope  # of several backwards
             if mark is not None and (found := mark(grad)) is not None:

@@ -4,6 +4,7 @@ healthy loops that look alike."""
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -266,3 +267,35 @@ def test_watch_names_layers_that_nothing_calls_though_they_have_zeros() -> None:
             p.grad = torch.zeros_like(p)
         optimizer.step()
     assert [each.cause for each in seen.report()] == ["unused_head"]
+
+
+# ---- what a watch leaves behind ----
+
+
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, lambda p, y: F.cross_entropy(p.softmax(1), y.argmax(1))], ids=["l2", "ce"]
+)
+def test_a_closed_watch_leaves_nothing(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """No tensor and no record, however many watches one process has had."""
+
+    def train() -> None:
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, 4))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        with watch(model, optimizer) as seen:
+            for step in range(40):
+                model.train(step % 10 != 9)
+                x, y = torch.randn(16, 8), torch.randn(16, 4)
+                outputs = model(x)
+                value = seen.loss(loss(outputs, y), outputs, y)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor or type(each).__name__ == "PassRecord" for each in gc.get_objects())
+
+    train()
+    before = alive()
+    train()
+    assert alive() <= before
