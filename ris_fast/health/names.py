@@ -19,11 +19,20 @@ def known_causes(names: Iterable[str], setting: str) -> frozenset[str]:
     return names
 
 
+def begins(name: str, beginnings: Sequence[str]) -> bool:
+    """Whether a name begins with one of these. A number ends where its digits do: 'net.10' does not begin with
+    'net.1'."""
+    for beginning in beginnings:
+        if name.startswith(beginning) and not (beginning[-1:].isdigit() and name[len(beginning) :][:1].isdigit()):
+            return True
+    return False
+
+
 def check_beginnings(beginnings: Sequence[str], parameters: Sequence[str], setting: str) -> None:
     """Raises: ConfigError for the beginning of no parameter's name, which would freeze nothing; `setting`: where it was
     written."""
     for beginning in beginnings:
-        if not any(name.startswith(beginning) for name in parameters):
+        if not any(begins(name, [beginning]) for name in parameters):
             parts = dict.fromkeys(name.partition(".")[0] for name in parameters)
             raise ConfigError(
                 f"{setting}: no parameter's name begins with '{beginning}'.{did_you_mean(beginning, parts)}"

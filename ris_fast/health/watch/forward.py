@@ -82,7 +82,6 @@ class ForwardHooks:
         self.leaves = GraphLeaves(model)
         self.watched = {id(each.optimizer) for each in by_optimizer}
         self.foreign: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # of another model
-        self.modal = [part for part in model.modules() if is_modal(part)]
         self.was_training = model.training
         self.last_input: weakref.ref[Tensor] | None = None
         self.parts = PartHooks(model, self.leaves, by_optimizer)
@@ -92,7 +91,8 @@ class ForwardHooks:
         self.units = Units(model)
         self.drawn: list[bool] = []  # whether an evaluation drew random numbers
         self.random: list[Any] = []
-        self.whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the model and what compiles it
+        # The model and what compiles it, or parts that are called in its place: those parts whose mode matters.
+        self.whole: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
         self.hooks: list[Any] = []
         self.after_hooks: list[Any] = []
         self.searched = False
@@ -106,7 +106,7 @@ class ForwardHooks:
     def _hook_whole(self, module: nn.Module) -> None:
         if not takes_hooks(module):
             return
-        self.whole.add(module)
+        self.whole[module] = [part for part in module.modules() if is_modal(part)]
         self.hooks += [module.register_forward_pre_hook(CopiedHook(self._before), with_kwargs=True)]
         self._hook_after(module)
 
@@ -176,7 +176,7 @@ class ForwardHooks:
         )
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self.model and module not in self.whole:
+        if module not in self.whole:
             return
         self.was_training = module.training
         if self.settled:
@@ -199,7 +199,7 @@ class ForwardHooks:
         return not self.was_training and not torch.is_grad_enabled()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module is not self.model and module not in self.whole:
+        if module not in self.whole:
             return
         kind = self.was_training, torch.is_grad_enabled()
         self._count(kind)
@@ -214,7 +214,7 @@ class ForwardHooks:
         if self._due(kind):
             self.looked[kind] += 1
             with torch.no_grad():
-                self._look(tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
+                self._look(module, tensors_of((args, kwargs) if kwargs else args), tensors_of(output), kind[1])
         if kind == TRAINING and not self.compiled:  # else the hooks are part of what is compiled
             self.settled = self.made[kind] > self.first and not (self.parts.hooks or self.writes.listens)
         if self.settled:
@@ -251,10 +251,11 @@ class ForwardHooks:
         self.rounds[kind] = self.steps, since + 1 if step == self.steps else 1
         return self.rounds[kind][1] <= ROUND and self.looked[kind] < OTHERS
 
-    def _look(self, inputs: list[Tensor], outputs: list[Tensor], grad: bool) -> None:
+    def _look(self, module: nn.Module, inputs: list[Tensor], outputs: list[Tensor], grad: bool) -> None:
         """One pass. `grad`: whether gradients were enabled in it."""
         site, place = call_site(sys._getframe(2))
         last, self.last_input = self.last_input and self.last_input(), weakref.ref(inputs[0]) if inputs else None
+        modal = self.whole[module]
         now = PassRecord(
             number=self.count,
             of_kind=self.made[self.was_training, grad],
@@ -265,8 +266,8 @@ class ForwardHooks:
             training=self.was_training,
             training_after=self.model.training,
             grad=grad and any(each.requires_grad for each in outputs),
-            parts_training=sum(part.training for part in self.modal),
-            parts=len(self.modal),
+            parts_training=sum(part.training for part in modal),
+            parts=len(modal),
             shape=tuple(inputs[0].shape) if inputs else (),
             output_shape=tuple(outputs[0].shape) if outputs else (),
             inputs=len(inputs),
@@ -309,6 +310,7 @@ class ForwardHooks:
         first_has_grad = bool(with_grad) and with_grad[0] is outputs[0]
 
         def first(grad: Tensor) -> None:
+            grad = grad.detach()  # with `create_graph=True` it has a history
             if not now.reached and reads_rows and now.of_kind <= FIRST:
                 if (largest := largest_in_rows(grad, rows)) is not None:
                     now.rows, now.grad_finite = largest != 0, largest.isfinite().all()

@@ -8,7 +8,7 @@ Legend: R rows, a few scenes; F numbers, a few of each; B scenes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,8 @@ class LossHook:
         if tensor is not None and tensor.grad_fn is not None:
             if self.count <= WALKED:
                 walk(now, tensor.grad_fn, outputs, self.leaves)
+            elif 0 < self.late <= WALKED:  # a schedule may have raised them
+                now.factors = _factors(graph_of([tensor.grad_fn], set())[1])
             if self.count <= SIGNED or self.late:
                 now.signs = signs_of(tensor, outputs, targets)
         self.records.append(now)
@@ -101,7 +103,7 @@ class LossHook:
             rows = outputs[0].shape[0] if outputs[0].ndim else 0
 
             def reached(grad: Tensor) -> None:
-                largest = largest_in_rows(grad, rows)
+                largest = largest_in_rows(grad.detach(), rows)
                 now.rows = None if largest is None else largest != 0
 
             outputs[0].register_hook(eager_hook(reached))
@@ -139,7 +141,7 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
     near = graph_of([node], ends)[1] if told else users
     if told:
         now.of_model = any(id(leaf.variable) in own for leaf in found)
-        now.factors = [factor for each in users if (factor := _factor(each)) is not None]
+        now.factors = _factors(users)
     else:
         leaves.note_loss(found, rows, now.step)
     of_weights = weight_terms(node, ends, own)
@@ -158,6 +160,10 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
 def ends_of(outputs: Sequence[Tensor]) -> set[Any]:
     """Nodes of the graph that made them."""
     return {each.grad_fn for each in outputs if each.grad_fn is not None}
+
+
+def _factors(nodes: Iterable[Any]) -> list[Tensor]:
+    return [factor for each in nodes if (factor := _factor(each)) is not None]
 
 
 def _factor(node: Any) -> Tensor | None:

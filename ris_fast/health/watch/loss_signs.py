@@ -50,8 +50,9 @@ def signs_of(loss: Any, outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
     if (pull is not None or apart is not None) and outputs[0].requires_grad:
 
         def pulled(grad: Tensor) -> None:
+            grad = grad.detach()
             signs.pull = None if pull is None else pull(grad)
-            if apart is not None and (reached := grad.detach() != 0).shape[:1] == apart.shape[:1]:
+            if apart is not None and (reached := grad != 0).shape[:1] == apart.shape[:1]:
                 reached = reached if reached.ndim == apart.ndim else reached.any(1)
                 far = torch.where(reached, apart, -torch.inf).amax()
                 near = torch.where(reached, torch.inf, apart).amin()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.pass_records import ForwardRecord, PassRecord
 from ris_fast.health.watch.records import EARLY, LoopRecord
@@ -56,9 +57,14 @@ def nonfinite_inputs(passes: list[PassRecord]) -> Iterator[Finding]:
         what = "NaN" if bool(first.nonfinite_in[0]) else "infinities"
         yield finding(
             "nonfinite_data",
-            f"inputs of forward pass {first.number} have {what}, and its outputs are the first that are not finite.",
+            f"inputs of forward pass {first.number} have {what}, and its outputs are the first that are not finite, of"
+            " those that were looked at.",
             first.step + 1,
-            "" if bool(first.nonfinite_out[0]) else "Masks hold infinities on purpose.",
+            "Masks hold infinities on purpose."
+            if not bool(first.nonfinite_out[0])
+            else "No backward pass was made from it: the loop may leave such batches out."
+            if first.grad and not first.reached
+            else "",
         )
 
 
@@ -257,7 +263,10 @@ def cached_validation(loop: LoopRecord, evaluated: list[PassRecord]) -> Iterator
 
 def random_evaluation(evaluated: list[PassRecord]) -> Iterator[Finding]:
     """The same input gives another output, with the same weights."""
-    pairs = [(one, other) for one, other in _again(evaluated) if one.step == other.step]
+    whole = [
+        each for each in evaluated if not each.parts_training
+    ]  # else samples of dropout, or what that is named for
+    pairs = [(one, other) for one, other in _again(whole) if one.step == other.step]
     apart = [_distance(one.output, other.output) > 1e-3 for one, other in pairs]
     if apart and all(apart):
         yield finding(
@@ -321,7 +330,7 @@ def ignored_input(trained: list[PassRecord]) -> Iterator[Finding]:
 
 def unsettled_buffers(forward: ForwardRecord, frozen: tuple[str, ...] = ()) -> Iterator[Finding]:
     """Buffers that training passes should have settled are those of a new layer, which is not meant to stand still."""
-    unsettled = [name for name in forward.unsettled if not f"{name}.".startswith(frozen)]
+    unsettled = [name for name in forward.unsettled if not begins(f"{name}.", frozen)]
     if unsettled and forward.steps >= EARLY:
         yield finding(
             "unsettled_buffers",

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.changes import OutsideChange
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.kinds_of_change import kind_of_change
@@ -290,17 +291,17 @@ def _never_moves(name: str, looks: list[StepRecord]) -> bool:
 def trained_although_frozen(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
     """Tensors that `frozen` names and a step moves."""
     moved = {
-        name
-        for record in optimizer.records
+        name: record.step + 1
+        for record in reversed(optimizer.records)
         if record.moved is not None
         for name, count in zip(record.names, record.moved.tolist())
-        if count and name.startswith(loop.frozen)
+        if count and begins(name, loop.frozen)
     }
-    if moved and loop.frozen:
+    if moved:
         yield finding(
             "settings_changed",
             f"{len(moved)} tensors that are declared frozen are moved by the optimizer's steps: "
             f"{', '.join(sorted(moved)[:3])}.",
-            optimizer.records[-1].step + 1,
+            min(moved.values()),
             advice="Call `requires_grad_(False)` on them and leave them out of the optimizer, or out of `frozen`.",
         )

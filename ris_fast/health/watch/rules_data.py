@@ -74,6 +74,9 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
     told = [each for each in losses if each.targets is not None and each.targets.keys is not None]
     # Of scores of all pairs the target is a place in the batch.
     told = [each for each in told if each.outputs is None or each.outputs.shape[1:] != each.targets.shape]
+    numbers = {each.number for each in losses}
+    if any(_is_of_several(passes, each.number, numbers) for each in told):
+        return  # a target may belong to a pair of scenes
     both = [(passes[each.number], each.targets.keys) for each in told if each.number in passes]
     both = [(one, asked) for one, asked in both if one.keys is not None and len(one.keys) == len(asked)]
     known: dict[bytes, tuple[bytes, int]] = {}
@@ -103,6 +106,13 @@ def other_targets(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -
             "Targets that are drawn anew on purpose look like that; so do inputs and targets that are shuffled apart.",
             "Keep inputs and targets of a batch together: one permutation for both, and a copy of what a buffer gives.",
         )
+
+
+def _is_of_several(passes: dict[int, PassRecord], number: int, told: set[int]) -> bool:
+    """Whether the loss told of after this pass had another pass before it that no loss was told of."""
+    now, before = passes.get(number), passes.get(number - 1)
+    alike = now is not None and before is not None and before.training and before.step == now.step
+    return alike and number - 1 not in told
 
 
 def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord]) -> Iterator[Finding]:
@@ -159,7 +169,8 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
             f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes"
             " that training reads.",
             evaluated[0].step,
-            "The loss on the training set may be measured on purpose.",
+            "The loss on the training set may be measured on purpose, beside that on others.",
+            "Split by scene before anything else is done, and look that no index is in both parts.",
         )
 
 

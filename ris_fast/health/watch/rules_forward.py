@@ -8,6 +8,7 @@ from itertools import groupby, pairwise
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.describe import describe_steps, describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.pass_records import ForwardRecord, LeafRecord, PassRecord
@@ -135,7 +136,7 @@ def unregistered_parameters(loop: LoopRecord, forward: ForwardRecord) -> Iterato
     idle = [
         each
         for each in forward.leaves
-        if each.alive and not each.held and each.unchanged and each.passes > 1 and not each.name.startswith(loop.frozen)
+        if each.alive and not each.held and each.unchanged and each.passes > 1 and not begins(each.name, loop.frozen)
     ]
     for cause, leaves in (
         ("shadowed_parameters", [each for each in idle if each.registered]),
@@ -201,7 +202,7 @@ def detached_backbone(loop: LoopRecord, forward: ForwardRecord) -> Iterator[Find
         if optimizer.steps and tensor.name in names and tensor.trainable and tensor not in optimizer.trained
         if all(tensor.name in record.none_grads for record in optimizer.records if tensor.name in record.hooked)
     }
-    sizes = {each.name: each.size for each in silent if not each.name.startswith(loop.frozen)}
+    sizes = {each.name: each.size for each in silent if not begins(each.name, loop.frozen)}
     heard = {
         name for by in loop.optimizers for each in by.records for name in each.hooked if name not in each.none_grads
     }
@@ -263,6 +264,9 @@ def train_mode_in_validation(forward: ForwardRecord) -> Iterator[Finding]:
     threads = {each.thread for each in forward.passes if each.reached}  # an actor's passes are no validation
     quiet = [each for each in idle if (not each.grad or each.site not in used) and each.thread in threads]
     evaluated = [each for each in forward.passes if not each.training and not each.reached and each.parts]
+    by_step = [list(each) for _, each in groupby(evaluated, lambda each: each.step)]
+    if by_step and all(map(_same_inputs, by_step)):
+        return  # samples of dropout
     if len(evaluated) > 1 and all(each.parts_training for each in evaluated):
         yield finding(
             "train_mode_in_validation",

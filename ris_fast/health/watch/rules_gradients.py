@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.records import EARLY, LoopRecord, OptimizerRecord, StepRecord, is_finite
@@ -33,16 +34,17 @@ def unused_head(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> Iterator
         for tensor, each in free.items()
         if (not each.with_grad or tensor.name in filled) and tensor not in optimizer.trained and tensor.name not in came
     ]
-    unused = sorted((each for each in silent if not each.name.startswith(frozen)), key=lambda each: -each.size)
+    unused = sorted((each for each in silent if not begins(each.name, frozen)), key=lambda each: -each.size)
     turns = any(0 < each.with_grad < each.steps for each in histories.values())
     peers = {_peer(tensor.name) for tensor, each in histories.items() if 0 < each.with_grad < each.steps}
     unused = [tensor for tensor in unused if _peer(tensor.name) not in peers and tensor.size]
     if not unused or optimizer.steps < EARLY:
         return
     sizes, whole = {each.name: each.size for each in unused}, sum(each.size for each in histories)
+    all_of_it = " That is all that this optimizer trains." if sum(sizes.values()) == whole else ""
     yield finding(
         "unused_head",
-        f"{describe_tensors(sizes, whole)}. No gradient came to them in any of {optimizer.steps} steps.",
+        f"{describe_tensors(sizes, whole)}. No gradient came to them in any of {optimizer.steps} steps.{all_of_it}",
         optimizer.steps,
         "Others are trained in turn or came later: these may be to come."
         if turns
@@ -269,7 +271,7 @@ def zeroed_gradients(records: list[StepRecord], frozen: tuple[str, ...]) -> Iter
     ]
     arrived, zero = Counter(name for name, *_ in seen), Counter(name for name, zero, _ in seen if zero)
     zeroed = [name for name, count in arrived.items() if count > 1 and zero[name] == count]
-    names = [name for name in zeroed if not name.startswith(frozen)]
+    names = [name for name in zeroed if not begins(name, frozen)]
     before = all(name in each.earlier for each in records for name in names if name in each.hooked)
     if names and before and len(records) >= 4:
         yield finding(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import EARLY, HelperRecord, LoopRecord
 
@@ -58,7 +59,7 @@ def _whole(each: HelperRecord) -> str:
 
 def copy_that_stays(loop: LoopRecord, each: HelperRecord) -> Iterator[Finding]:
     """A copy of what the model began with, which is the same after many steps."""
-    declared = bool(loop.frozen) and each.name.startswith(loop.frozen)
+    declared = begins(each.name, loop.frozen)
     waits = each.moved and each.still == each.looks and each.steps >= LONG
     used = each.called or (each.kept and bool(NAMED.search(each.name)))
     if used and each.as_begun and waits and not declared:

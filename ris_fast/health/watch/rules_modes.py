@@ -37,6 +37,7 @@ def mode_findings(loop: LoopRecord) -> list[Finding]:
 def part_left_in_evaluation(passes: list[PassRecord]) -> Iterator[Finding]:
     """Parts that were in training mode are in evaluation mode for good, and the model is not."""
     trained = [each for each in passes if each.reached and each.training and each.parts]
+    trained = [each for each in trained if each.parts == trained[0].parts]  # else another part of a container
     late = trained[-EARLY:]
     most = max((each.parts_training for each in trained), default=0)
     if len(trained) < 2 * EARLY or trained[0].parts_training != most or late[0].parts_training >= most:

@@ -25,6 +25,7 @@ PRODUCT = ["Sub", "Mul"]  # of targets with what should be a logarithm, in a div
 ENDLESS = 20.0  # times its first size, below zero
 FEW = 0.3  # share of scenes with a gradient beyond a clamp
 STALLED, HARDLY, STEPS, VALUES = 0.97, 0.85, 120, 16  # of the first losses; steps and losses that show it
+RISEN = 0.92  # of the highest mean of a few losses in a row, below which the first and the last ones lie
 
 
 def objective_findings(loop: LoopRecord) -> list[Finding]:
@@ -233,6 +234,7 @@ def zero_loss_weight(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             f"a term of the loss is multiplied by exactly zero in all {len(found)} losses whose terms were looked at.",
             losses[0].step + 1,
             "A weight that a schedule raises later begins so.",
+            "Print the weight of each term as it is used.",
         )
 
 
@@ -374,7 +376,8 @@ def stalled(loop: LoopRecord) -> Iterator[Finding]:
         return
     values = [float(each.value) for each in losses]
     first, last = mean(values[:4]), mean(values[-8:])
-    if all(value > 0 for value in values) and last > STALLED * first:
+    peak = max(mean(values[at : at + 8]) for at in range(len(values) - 7))
+    if all(value > 0 for value in values) and last > STALLED * first and not max(first, last) < RISEN * peak:
         yield finding(
             "stalled_at_baseline",
             f"the loss was {first:.3g} in the first steps and is {last:.3g} after {loop.steps}. Gradients arrive and"

@@ -17,7 +17,7 @@ from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.inferred import told_losses
 from ris_fast.health.watch.loss_records import LossRecord
 from ris_fast.health.watch.records import EARLY, LoopRecord
-from ris_fast.health.watch.rules_told import number_pairs
+from ris_fast.health.watch.rules_told import learned_order, number_pairs
 from ris_fast.health.watch.suspects import Suspect, odd_inputs, odd_weights, shrunk_weights, suspect
 
 STEPS, UNTOLD = 120, 240  # that are enough to learn something, as was told, and as follows from gradients
@@ -183,7 +183,7 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
     variance = float(centred[1].square().sum())
     sizes = float(centred[0].norm() * centred[1].norm())
     labels = {*asked.unique().tolist()} <= {0.0, 1.0} and any(BENT.intersection(each.chain) for each in losses)
-    if len(made) < 4 * EARLY or not variance or labels:
+    if len(made) < 4 * EARLY or not variance or labels or learned_order(losses):
         return ""
     squared = any({"MseLoss", "SmoothL1Loss", "HuberLoss", "Pow", "Abs"}.intersection(each.chain) for each in losses)
     followed = float((centred[0] * centred[1]).sum()) / sizes if sizes else 0.0

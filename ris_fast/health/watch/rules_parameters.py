@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.describe import describe_tensors, share_of
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.loss import WALKED
@@ -29,7 +30,7 @@ def parameter_findings(loop: LoopRecord) -> list[Finding]:
     """What is frozen, missing, there twice, or nobody's."""
     held = Counter(tensor for optimizer in loop.optimizers for tensor in optimizer.tensors)
     trained = {tensor for optimizer in loop.optimizers for tensor in optimizer.trained}
-    meant = {each for each in loop.parameters if each.name.startswith(loop.frozen)}
+    meant = {each for each in loop.parameters if begins(each.name, loop.frozen)}
     missing = [each for each in loop.parameters if each.trainable and each not in held and each not in meant]
     missing = [each for each in missing if 0 not in each.shape and each not in loop.added - loop.with_gradient]
     return [
@@ -197,7 +198,7 @@ def _never_trained(loop: LoopRecord) -> Iterator[Finding]:
     if len({name.rpartition(".")[0] for name in free}) != 1 or any(n.rpartition(".")[2] not in LAYERS for n in free):
         return
     drawn = {each for each in loop.as_drawn - loop.moved_outside if not AT_RANDOM.search(each.name)}
-    drawn = {each for each in drawn if not (loop.frozen and each.name.startswith(loop.frozen))}
+    drawn = {each for each in drawn if not begins(each.name, loop.frozen)}
     sizes, whole = {each.name: each.size for each in drawn}, sum(each.size for each in loop.parameters)
     if loop.steps >= EARLY and 10 * sum(sizes.values()) > whole:
         yield finding(

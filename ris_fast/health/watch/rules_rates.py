@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.histories import RateHistory
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord
@@ -44,7 +45,7 @@ def zero_learning_rate(optimizer: OptimizerRecord, frozen: tuple[str, ...]) -> I
     records, groups = optimizer.records, optimizer.groups
     looked = [[record.rates[n] for record in records if n < len(record.rates)] for n in range(len(groups))]
     zero = [n for n, rates in enumerate(looked) if len(rates) > 1 and not any(rates) and not _ever(optimizer, n)]
-    if names := [f"group {n}" for n in zero if not all(t.name.startswith(frozen) for t in groups[n]["params"])]:
+    if names := [f"group {n}" for n in zero if not all(begins(t.name, frozen) for t in groups[n]["params"])]:
         yield finding(
             "zero_learning_rate",
             f"{len(names)}: {', '.join(names[:3])}, in all {optimizer.steps} steps so far.",

@@ -21,6 +21,7 @@ AWAY, APART = -0.3, 0.2  # mean pull of a loss that goes away from its targets, 
 LOSSES = {"nll_loss": "`nll_loss`", "kl_div": "`kl_div`"}
 MANY, UNLEARNED = 100.0, 0.1  # times the outputs at first; share of the targets' variance at last
 KEPT = 0.95  # share of outputs with a gradient
+LEARNED = ((0.05, 0.6), (0.6, 0.8))  # of the first losses, and the least rank correlation then
 TRAINED = 100  # steps after which outputs are boxes
 CROSSED = 0.02  # share of boxes
 FEW = 4.0  # targets, in units of their own deviation, between the means of outputs and targets that are far apart
@@ -129,12 +130,42 @@ def targets_of_outputs(losses: Sequence[LossRecord]) -> Iterator[Finding]:
             return
 
 
+def learned_order(losses: Sequence[LossRecord]) -> float:
+    """How well outputs are in the order of the targets, from -1 to 1, where a loss that stays above zero has fallen
+    far: it compares what is made of both. Distances of pairs that are alike or not come into the opposite order. Else
+    0."""
+    values = [float(each.value) for each in losses if each.value is not None]
+    pairs = [
+        (each.outputs.few, each.targets.few)
+        for each in losses[-EARLY:]
+        if each.outputs is not None and each.targets is not None and each.outputs.shape == each.targets.shape
+        if each.outputs.few is not None and each.targets.few is not None
+    ]
+    if len(values) < 2 * EARLY or not pairs or min(values) < 0:
+        return 0.0
+    made, asked = (torch.cat([pair[side] for pair in pairs]).double() for side in (0, 1))
+    distances = bool((made >= 0).all()) and {*asked.unique().tolist()} <= {0.0, 1.0}
+    order, left = mean(map(_order, made.T, asked.T)), mean(values[-4:]) / max(mean(values[:4]), 1e-30)
+    known = abs(order) if distances else order
+    return order if any(left < gone and known > least for gone, least in LEARNED) else 0.0
+
+
+def _order(one: Tensor, other: Tensor) -> float:
+    """Rank correlation of two rows of numbers, where equal ones share a rank; of two labels, by how much more often the
+    larger one has the larger number than the smaller one has."""
+    labels, ranks = other.unique(return_inverse=True)
+    if len(labels) == 2:
+        return float(torch.sign(one[ranks == 1][:, None] - one[ranks == 0]).mean())
+    away = [each.double() - each.double().mean() for each in (one.unique(return_inverse=True)[1], ranks)]
+    return float(away[0] @ away[1] / (away[0].norm() * away[1].norm()).clamp_min(1e-12))
+
+
 def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False, several: bool = False) -> Iterator[Finding]:
     """The gradient at the outputs leads away from the targets, or has nothing to do with them. `uphill`: steps go along
     the gradient; None where only some do; `several`: terms of the loss depend on the outputs."""
     seen = [(each, float(each.signs.pull)) for each in losses if each.signs.pull is not None]
     seen = [(each, pull) for each, pull in seen if math.isfinite(pull)]
-    if len(seen) < EARLY:
+    if len(seen) < EARLY or learned_order(losses):
         return
     pulls, numbers = [-pull if uphill else pull for _, pull in seen], not seen[0][0].targets.whole
     labels = all({float(each.targets.least), float(each.targets.most)} <= {0.0, 1.0} for each, _ in seen)
@@ -218,7 +249,7 @@ def constant_labels(losses: Sequence[LossRecord]) -> Iterator[Finding]:
 def targets_out_of_scale(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Targets that are far from where the outputs are, to the end."""
     pairs = number_pairs(losses)
-    if len(pairs) < EARLY or loop.steps < 50:
+    if len(pairs) < EARLY or loop.steps < 50 or learned_order(losses):
         return
     made, asked = (torch.cat([pair[side] for pair in pairs[-EARLY:]]) for side in (0, 1))
     spread, away = asked.std(0).clamp_min(1e-12), (asked.mean(0) - made.mean(0)).abs()
@@ -244,7 +275,12 @@ def easiest_kept(losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Some outputs have a gradient, and none of them is further from its target than any of those without."""
     seen = [each.signs.easiest.tolist() for each in losses if each.signs.easiest is not None]
     kept = [(share, far, near) for share, far, near in seen if 0 < share < KEPT]
-    if len(kept) >= EARLY and len(kept) == len(seen) and all(far <= near for _, far, near in kept):
+    if (
+        len(kept) >= EARLY
+        and learned_order(losses) >= 0
+        and len(kept) == len(seen)
+        and all(far <= near for _, far, near in kept)
+    ):
         yield finding(
             "scenes_left_out",
             f"{mean(share for share, *_ in kept):.0%} of the outputs have a gradient, and in all {len(kept)} losses"

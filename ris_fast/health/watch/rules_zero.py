@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.watch.describe import describe_steps, describe_tensors, share_of
 from ris_fast.health.watch.fixes import finding
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
@@ -31,7 +32,7 @@ def zero_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Find
     looks = [each for each in optimizer.records if each.hooked]
     heard = _heard(looks)
     zero = [name for name, norms in heard.items() if len(norms) >= LOOKS and not any(norms)]
-    zero = [name for name in zero if not name.startswith(loop.frozen)]
+    zero = [name for name in zero if not begins(name, loop.frozen)]
     if not zero or not all(_always_zero(name, looks) for name in zero):
         return
     at = looks[-1].step + 1
@@ -146,7 +147,7 @@ def dead_units(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding
     for name, numbers in optimizer.numbers.items():
         layer, _, kind = name.rpartition(".")
         weight = optimizer.numbers.get(f"{layer}.weight")
-        if kind != "bias" or weight is None or numbers.sampled < 8 or name.startswith(loop.frozen):
+        if kind != "bias" or weight is None or numbers.sampled < 8 or begins(name, loop.frozen):
             continue
         shares = [each.live / each.sampled for each in (numbers, weight)]
         if 0 < max(shares) <= 0.05 and math.isfinite(numbers.size):
@@ -189,7 +190,7 @@ def zeros_now_and_then(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator
     apart = all(later > number + 1 for number, later in pairwise(odd))
     if len(looks) < MANY or not OFTEN <= len(odd) <= RARE * len(looks) or not apart or len(places) != 1 or "" in places:
         return
-    if any(name.startswith(loop.frozen) for number in odd for name in lost[number]):
+    if any(begins(name, loop.frozen) for number in odd for name in lost[number]):
         return
     steps = describe_steps([looks[number].step + 1 for number in odd], len(looks))
     yield finding(
