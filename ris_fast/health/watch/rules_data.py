@@ -156,14 +156,19 @@ def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
 
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Scenes of every evaluation are scenes of training."""
+    """Scenes of every evaluation are scenes of training; where one place evaluates none of them and another some, the
+    training set is evaluated beside another."""
     batches = {each.keys.numpy().tobytes() for each in trained}
     evaluated = [each for each in evaluated if each.keys.numpy().tobytes() not in batches]
     rounds = {each.step for each in evaluated}
     seen = {row for each in trained for row in rows_of(each.keys) if row}
     asked = {row for each in evaluated for row in rows_of(each.keys) if row}
     found = len(asked & seen)
-    if len(rounds) >= 3 and found >= LEAKED and found >= SHARE * len(asked):
+    by_site: dict[int, set[bytes]] = defaultdict(set)
+    for each in evaluated:
+        by_site[each.site].update(filter(None, rows_of(each.keys)))
+    apart = any(len(scenes) >= LEAKED and scenes.isdisjoint(seen) for scenes in by_site.values())
+    if len(rounds) >= 3 and not apart and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
             "split_overlap",
             f"{found} of {len(asked)} different scenes that are evaluated, of those that were looked at, are scenes"

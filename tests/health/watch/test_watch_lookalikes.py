@@ -155,6 +155,22 @@ def samples_of_dropout(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "train_mode_in_validation"
 
 
+def both_sets_evaluated(wrong: bool) -> tuple[list[Finding], str]:
+    """The training set is evaluated beside the validation set, which by mistake is a part of it."""
+    model, data = mlp(8, 32, 1), torch.randn(256, 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    seen, held = watch(model, optimizer), data[:64] if wrong else torch.randn(64, 8)
+    for _ in range(6):
+        for rows in torch.randperm(256).split(32):
+            step(optimizer, (model(data[rows]) - data[rows, :1]).square().mean())
+        model.eval()
+        with torch.no_grad():
+            model(data)
+            model(held)
+        model.train()
+    return seen.report(), "split_overlap"
+
+
 LOOPS = {
     each.__name__: each
     for each in (
@@ -166,6 +182,7 @@ LOOPS = {
         weight_that_rises,
         one_part_evaluated,
         samples_of_dropout,
+        both_sets_evaluated,
     )
 }
 
