@@ -30,6 +30,7 @@ from ris_fast.health.watch.scenes import RICH, rows_of
 
 AGAIN = 16  # scenes that are met again
 LEAKED, SHARE = 8, 0.1  # scenes of validation that were trained on, and their share
+WHOLE = 0.9  # share of a set that is the training set
 RATIO, SHIFT = 6.0, 6.0  # of spreads, and of means over a spread, from which on two sets are apart
 MANY_RATIO, MANY_SHIFT, BOTH_RATIO, BOTH_SHIFT = 2.5, 3.0, 1.6, 0.5  # of many scenes; each alone, and both
 SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
@@ -156,8 +157,8 @@ def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
 
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
-    """Scenes of every evaluation are scenes of training; where one place evaluates none of them and another some, the
-    training set is evaluated beside another."""
+    """Scenes of every evaluation are scenes of training; where one place evaluates none of them and the others
+    nothing else, the training set is evaluated beside another."""
     batches = {each.keys.numpy().tobytes() for each in trained}
     evaluated = [each for each in evaluated if each.keys.numpy().tobytes() not in batches]
     rounds = {each.step for each in evaluated}
@@ -167,7 +168,8 @@ def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Ite
     by_site: dict[int, set[bytes]] = defaultdict(set)
     for each in evaluated:
         by_site[each.site].update(filter(None, rows_of(each.keys)))
-    apart = any(len(scenes) >= LEAKED and scenes.isdisjoint(seen) for scenes in by_site.values())
+    shares = [len(scenes & seen) / len(scenes) for scenes in by_site.values() if len(scenes) >= LEAKED]
+    apart = 0.0 in shares and all(share == 0.0 or share > WHOLE for share in shares)
     if len(rounds) >= 3 and not apart and found >= LEAKED and found >= SHARE * len(asked):
         yield finding(
             "split_overlap",

@@ -156,10 +156,12 @@ def samples_of_dropout(wrong: bool) -> tuple[list[Finding], str]:
 
 
 def both_sets_evaluated(wrong: bool) -> tuple[list[Finding], str]:
-    """The training set is evaluated beside the validation set, which by mistake is a part of it."""
+    """The training set is evaluated beside two others, half of one of which, by mistake, is of the training set."""
     model, data = mlp(8, 32, 1), torch.randn(256, 8)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    seen, held = watch(model, optimizer), data[:64] if wrong else torch.randn(64, 8)
+    seen, held, test = watch(model, optimizer), torch.randn(64, 8), torch.randn(64, 8)
+    if wrong:
+        held[::2] = data[:32]
     for _ in range(6):
         for rows in torch.randperm(256).split(32):
             step(optimizer, (model(data[rows]) - data[rows, :1]).square().mean())
@@ -167,6 +169,7 @@ def both_sets_evaluated(wrong: bool) -> tuple[list[Finding], str]:
         with torch.no_grad():
             model(data)
             model(held)
+            model(test)
         model.train()
     return seen.report(), "split_overlap"
 
