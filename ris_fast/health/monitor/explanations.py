@@ -129,7 +129,14 @@ def _length(run: RunHistory) -> Iterator[Explanation]:
     times = 2.0 ** min(60.0, (now - target) / -line.slope) if line.slope < 0 else math.inf
     falls = line.slope < -2 * line.slope_error and -line.slope > STILL * now
     seen = f"validation changes by {line.slope:+.2g} in each doubling of the steps"
-    if now <= target or falls and times <= FAR:
+    if now <= target:
+        yield Explanation(
+            reason,
+            LIKELY if falls else RULED_OUT,
+            f"{seen}, and at {now:.3g} it is below {target:.3g} already",
+            "training.epochs times 2" if falls else "",
+        )
+    elif falls and times <= FAR:
         factor = max(2.0, times)
         yield Explanation(
             reason,

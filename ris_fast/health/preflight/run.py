@@ -168,11 +168,11 @@ def _run(context: PreflightContext, numbers: TensorCopies, name: str, check: Che
             # Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
             if is_memory(error) or hasattr(error, "exit_code"):  # reported to a person in their own words
                 raise
-            failed = _described(error)
+            failed = described(error)
     return Result(name, tuple(findings), time.perf_counter() - began, context.note, failed, context.reached)
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
     """Kind, first line and location of an error."""
     frame = extract_tb(error.__traceback__)[-1]
     message = str(error).splitlines()[0] if str(error) else "no message"

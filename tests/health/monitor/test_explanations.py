@@ -50,6 +50,13 @@ def test_explanations_follow_the_measurements(stalled: RunHistory) -> None:
     for number, row in enumerate(long.epochs):
         row["val_nmse_raw"] = 0.97 - 0.1 * math.log2(number + 1)
     assert said(long)["the run is too short"] == LIKELY
+    for number, row in enumerate(long.epochs):  # below the constant answer all the while
+        row["val_nmse_raw"] = 0.5 - 0.1 * math.log2(number + 1)
+    (short,) = (each for each in explanations(long) if each.reason == "the run is too short")
+    assert (short.status, short.next) == (LIKELY, "training.epochs times 2") and "is reached" not in short.by
+    for row in long.epochs:
+        row["val_nmse_raw"] = 0.3
+    assert said(long)["the run is too short"] == RULED_OUT
     memorising.info = {**memorising.info, "fresh": False}
     for row in memorising.epochs:
         row["terms"]["cov_pred"]["raw"] = 0.1
