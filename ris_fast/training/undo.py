@@ -35,13 +35,16 @@ ABSENT = object()
 def kept(module: nn.Module) -> Iterator[None]:
     """What a module keeps, and all that its functions and its objects of somebody's own reach, is afterwards as
     before."""
-    parts = list(module.modules())
-    undo = [*map(of_numbers, module.buffers()), *map(of_module, parts), *of_attached([module], module)]
+    undo = undo_of(module)
     try:
         yield
     finally:
         for back in undo:
             back()
+
+
+def undo_of(module: nn.Module) -> list[Undo]:
+    return [*map(of_numbers, module.buffers()), *map(of_module, module.modules()), *of_attached([module], module)]
 
 
 @torch.no_grad()

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from ris_fast.training.attachments import PLAIN
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.trainer import Trainer
-from ris_fast.training.undo import Undo, of_attached, of_attributes, of_elements, of_module, of_optimizer, write
+from ris_fast.training.undo import (
+    Undo,
+    of_attached,
+    of_attributes,
+    of_elements,
+    of_module,
+    of_optimizer,
+    undo_of,
+    write,
+)
 
 
 class TensorCopies:
@@ -107,6 +116,33 @@ def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Ite
     finally:
         for back in undo:
             back()
+
+
+@contextmanager
+def term_of_one_state(loss: Any) -> Iterator[None]:
+    """Inside, every call of the user's own term begins with what it keeps now, as a queue or a running mean: calls can
+    be compared, and nothing of another precision or of other scenes stays in it."""
+    own = getattr(loss, "own", None)
+    if own is None:
+        yield
+        return
+    holder = nn.Module()
+    holder.own = own
+    undo = undo_of(holder)
+
+    def called(*given: Any) -> Any:
+        for back in undo:
+            back()
+        return own(*given)
+
+    loss.__dict__["own"] = called  # also before a submodule of this name
+    try:
+        yield
+    finally:
+        if isinstance(own, nn.Module):
+            del loss.__dict__["own"]
+        else:
+            loss.own = own
 
 
 def _gradients(model: nn.Module) -> Undo:
