@@ -86,7 +86,10 @@ def _below_its_inputs(run: RunHistory) -> Iterator[Explanation]:
     reason, lowest = "the network's inputs do not hold the answer", constant(run)
     if figure is not None:
         yield Explanation(
-            reason, RULED_OUT, f"{figure.name} on the same inputs has {figure.nmse:.3g} without a network"
+            reason,
+            RULED_OUT,
+            f"{figure.name} on the same inputs has {figure.nmse:.3g} without a network, on training or validation"
+            " scenes, whichever is worse",
         )
         if best is not None and best > figure.nmse:
             yield Explanation(
@@ -238,8 +241,16 @@ def _scenes(run: RunHistory) -> Iterator[Explanation]:
 
 def _bound(run: RunHistory) -> Iterator[Explanation]:
     bound, best = run.summary.get("mmse_bound"), run.summary.get("best_val_nmse")
-    if bound and best is not None and best < AT_THE_BOUND * bound:
-        yield Explanation("nothing better is possible", LIKELY, f"{best:.3g} beside {bound:.3g}, the MMSE bound")
+    if not bound or best is None or best >= AT_THE_BOUND * bound:
+        return
+    baselines = run.info.get("baselines") or {}
+    name = min(baselines, key=lambda each: float(baselines[each]), default="")
+    seen = f"{best:.3g} beside {bound:.3g}, the MMSE bound"
+    if name and float(baselines[name]) < best:
+        seen = f"{name.replace('_', ' ')} has {float(baselines[name]):.3g} on the same scenes without a network; {seen}"
+        yield Explanation("nothing better is possible", RULED_OUT, seen)
+    else:
+        yield Explanation("nothing better is possible", LIKELY, seen)
 
 
 def _loss(run: RunHistory) -> Iterator[Explanation]:

@@ -63,6 +63,14 @@ def test_explanations_follow_the_measurements(stalled: RunHistory) -> None:
     assert said(memorising)["too few scenes, which are memorised"] == LIKELY
 
 
+def test_nothing_better_is_possible_only_where_no_estimator_is_better(stalled: RunHistory) -> None:
+    near = deepcopy(stalled)
+    near.summary |= {"mmse_bound": 0.0146, "best_val_nmse": 0.0188}
+    assert said(near)["nothing better is possible"] == LIKELY
+    near.info = {**near.info, "baselines": {**near.info["baselines"], "pursuit": 0.0167}}
+    assert said(near)["nothing better is possible"] == RULED_OUT
+
+
 def test_explanations_do_not_repeat_a_finding(stalled: RunHistory) -> None:
     for row in stalled.steps:
         row["health"]["update_ratio"] = 1e-7

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as fn
 
-from ris_fast.health.preflight import terms
+from ris_fast.health.preflight import own_terms, terms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.run import run_checks
 from ris_fast.models.prediction import Prediction
@@ -67,3 +67,11 @@ def test_a_term_with_a_memory_or_a_weight_of_its_own_passes_and_begins_the_run_a
 def test_a_normaliser_that_is_detached_is_named() -> None:
     trainer = Trainer(small("backprojection", **{"loss.own_weight": 0.1}), loss=size_stopped)
     assert [each.cause for each in terms.each_term(PreflightContext(trainer))] == ["wrong_backward"]
+
+
+@pytest.mark.parametrize("turned, named", [(lambda value: value, []), (lambda value: 1 - value, ["loss_sign"])])
+def test_a_similarity_that_is_minimised_is_named_also_where_it_weighs_little(turned: Any, named: list[str]) -> None:
+    term = lambda prediction, scenes: turned(correlation(prediction, scenes))  # noqa: E731
+    term.__name__ = "similarity"
+    trainer = Trainer(small("backprojection", **{"loss.own_weight": 0.02}), loss=term)
+    assert [each.cause for each in own_terms.own_term(PreflightContext(trainer))] == named
