@@ -18,6 +18,7 @@ from ris_fast.models.prediction import Prediction
 from ris_fast.training.loss_terms import active_sources
 
 GROWS = 1e-3  # relative, from one point of the way to the truth to the next
+FITS = 1e-5  # of the value in the unit that is given; a square is far smaller at a 57th too
 STEEP = 0.5  # of the slope at an untrained network's answers
 
 
@@ -39,9 +40,17 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
         elif not _tells_apart(context, name, guess):
             yield Finding("shapes_broadcast", others, certain=False)
         return
+    if unit := _other_unit(context, name, guess):
+        yield Finding(
+            "wrong_units",
+            f"at the true angles the term {name} is {unit[0]:.3g}, and at {unit[1]} times these {unit[2]:.3g}: labels"
+            " and predictions are both in radians, and one side is converted to or from degrees.",
+            certain=False,
+        )
+        return
     if _reads_padding(context, name, guess):
         yield Finding(
-            "parts_unrelated",
+            "target_scale_differs",
             f"the term {name} changes with the places and powers of sources that its scenes do not have: it compares"
             " answers with the padding of the labels.",
             advice="Multiply by (scenes.power > 0), or by the first scenes.count slots, and divide by how many these"
@@ -157,6 +166,25 @@ def _slope_at_truth(context: PreflightContext, name: str, guess: Prediction) -> 
         ):
             return place.removesuffix("_m")
     return ""
+
+
+def _other_unit(context: PreflightContext, name: str, guess: Prediction) -> tuple[float, str, float] | None:
+    """The value of a term at the true angles, and with what factor it is next to nothing there; None where it is with
+    none. Of scenes whose slots all have a source, since padding is another matter."""
+    scenes = context.scenes
+    if guess.azimuth is None or guess.elevation is None or scenes.azimuth is None or scenes.power is None:
+        return None
+    full = scenes.count >= guess.azimuth.shape[1]
+    if not bool(full.any()):
+        return None
+    scenes, right = scenes[full], oracle(scenes[full], guess.apply(lambda value: value[full]))
+    value = term_values(context, right, scenes)[name]
+    for times, factor in (("180 / pi", 180 / math.pi), ("pi / 180", math.pi / 180)):
+        there = right._replace(azimuth=factor * right.azimuth, elevation=factor * right.elevation)
+        other = term_values(context, there, scenes)[name]
+        if 0 <= other < FITS * value:
+            return value, times, other
+    return None
 
 
 def _reads_padding(context: PreflightContext, name: str, guess: Prediction) -> bool:

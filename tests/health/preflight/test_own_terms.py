@@ -75,3 +75,24 @@ def test_a_similarity_that_is_minimised_is_named_also_where_it_weighs_little(tur
     term.__name__ = "similarity"
     trainer = Trainer(small("backprojection", **{"loss.own_weight": 0.02}), loss=term)
     assert [each.cause for each in own_terms.own_term(PreflightContext(trainer))] == named
+
+
+def in_degrees(prediction: Prediction, scenes: Scenes) -> torch.Tensor:
+    there = scenes.power > 0
+    return (there * (prediction.azimuth - torch.rad2deg(scenes.azimuth)).square()).sum(1) / there.sum(1)
+
+
+def with_padding(prediction: Prediction, scenes: Scenes) -> torch.Tensor:
+    return (prediction.azimuth - scenes.azimuth).square().sum(1)
+
+
+def to_the_middle(prediction: Prediction, scenes: Scenes) -> torch.Tensor:
+    return prediction.azimuth.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    "term, named", [(in_degrees, "wrong_units"), (with_padding, "target_scale_differs"), (to_the_middle, None)]
+)
+def test_a_term_of_places_is_named_by_its_unit_and_by_its_padding(term: Any, named: str | None) -> None:
+    trainer = Trainer(small("hybrid", **{"loss.own_weight": 0.1, "loss.angle": 0.01}), loss=term)
+    assert [each.cause for each in own_terms.own_term(PreflightContext(trainer))] == [named] * bool(named)
