@@ -26,6 +26,8 @@ GAP = 0.6  # training over validation
 MOSTLY = 0.5  # of the loss
 LOUDER = 0.5  # error of the scenes of the highest SNR over that of the others
 AT_THE_BOUND = 1.5
+QUIET_DB = 5.0  # above it another reason than noise keeps an estimator from the sources
+LEAVES = 0.9  # of the constant answer, that a bound leaves below it
 
 CHECKED: dict[str, tuple[Any, ...]] = {
     "the data, their targets and what belongs together": (
@@ -229,14 +231,39 @@ def _scenes(run: RunHistory) -> Iterator[Explanation]:
     if len(rows) > 1:
         quiet, loud = rows[0], rows[-1]
         rest = sum(row[1] * row[2] for row in rows[:-1]) / sum(row[1] for row in rows[:-1])
-        noise = loud[2] < LOUDER * rest
+        seen = (
+            f"scenes of the highest SNR ({loud[0]} dB) score {loud[2]:.3g}, of the lowest ({quiet[0]} dB)"
+            f" {quiet[2]:.3g}"
+        )
+        if loud[2] < LOUDER * rest:
+            status, possible = LIKELY, ""
+        else:
+            status, possible = _at_these_snrs(run, float(loud[0].rpartition(" ")[2]))
         yield Explanation(
             "the noise is too strong",
-            LIKELY if noise else RULED_OUT,
-            f"scenes of the highest SNR ({loud[0]} dB) score {loud[2]:.3g}, of the lowest ({quiet[0]} dB)"
-            f" {quiet[2]:.3g}",
-            "a higher task.snr_min_db shows whether it learns without noise" if noise else "",
+            status,
+            f"{seen}{possible}",
+            "" if status == RULED_OUT else "a higher task.snr_min_db shows whether it learns without noise",
         )
+
+
+def _at_these_snrs(run: RunHistory, highest_db: float) -> tuple[str, str]:
+    """Whether the noise leaves more than a constant answer, where scenes of every SNR are as bad: what shows it, as the
+    end of a sentence."""
+    lowest, bound, figure = constant(run), run.summary.get("mmse_bound"), inputs_figure(run)
+    if figure is not None:
+        return RULED_OUT, f"; at these SNRs {figure.name} without a network has {figure.nmse:.3g}"
+    if lowest is not None and bound:
+        beside = f"; the MMSE bound at these SNRs is {bound:.3g}, the constant answer {lowest[1]:.3g}"
+        return RULED_OUT if bound < LEAVES * lowest[1] else LIKELY, beside
+    known = {k: float(v) for k, v in (run.info.get("baselines") or {}).items() if k not in CONSTANT_BASELINES}
+    if known and lowest is not None:
+        name = min(known, key=known.__getitem__)
+        return LIKELY if highest_db < QUIET_DB else NOT_LOOKED_AT, (
+            f"; {name.replace('_', ' ')} at these SNRs has {known[name]:.3g}, no better than the constant answer,"
+            f" {lowest[1]:.3g}"
+        )
+    return NOT_LOOKED_AT, "; whether more is possible at these SNRs, no estimator says"
 
 
 def _bound(run: RunHistory) -> Iterator[Explanation]:

@@ -173,8 +173,9 @@ def _other_array(task: Any, labels: Labels, *, every_size: bool) -> Finding | No
         name, factor = unit
         return Finding(
             "wrong_units",
-            f"the ranges of these files, {float(labels.range_m[labels.active].max()):.4g} at most, are in {name}: so read"
-            f" they lie where the task says, and R fits its own sources (NMSE {found.fit:.2g}; in metres {now:.2g}).",
+            f"the ranges of these files, {float(labels.range_m[labels.active].max()):.4g} at most, are in {name}: so"
+            " read they lie where the task says, and R fits its own sources"
+            f" (NMSE {found.fit:.2g}; in metres {now:.2g}).",
             advice=f"Write the ranges of ptr in metres: times {factor:g}.",
         )
     return Finding("task_differs", evidence, advice=f"{_settings(other).capitalize()}.")

@@ -12,6 +12,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.attach import attach_health
 from ris_fast.health.monitor.explanations import LIKELY, NOT_LOOKED_AT, ORDER, RULED_OUT, explanations
 from ris_fast.health.monitor.history import RunHistory
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 from ris_fast.report.console import outcome_lines
 from ris_fast.training.trainer import Trainer
 from tests.health.monitor.test_rules import Recorder
@@ -69,6 +70,21 @@ def test_nothing_better_is_possible_only_where_no_estimator_is_better(stalled: R
     assert said(near)["nothing better is possible"] == LIKELY
     near.info = {**near.info, "baselines": {**near.info["baselines"], "pursuit": 0.0167}}
     assert said(near)["nothing better is possible"] == RULED_OUT
+
+
+def test_noise_is_ruled_out_only_where_more_is_known_to_be_possible(stalled: RunHistory) -> None:
+    reason, run = "the noise is too strong", deepcopy(stalled)
+    constants = {name: run.info["baselines"][name] for name in CONSTANT_BASELINES if name in run.info["baselines"]}
+    for baselines, bound, status in (
+        ({"pursuit": 1.9}, None, LIKELY),
+        ({"pursuit": 0.3}, None, RULED_OUT),
+        ({"pursuit": 1.9}, 0.5, RULED_OUT),
+        ({}, 0.95, LIKELY),
+        ({}, None, NOT_LOOKED_AT),
+    ):
+        run.info = {**run.info, "baselines": {**constants, **baselines}, "training_baselines": {}}
+        run.summary |= {"mmse_bound": bound}
+        assert said(run)[reason] == status
 
 
 def test_explanations_do_not_repeat_a_finding(stalled: RunHistory) -> None:
