@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as fn
 
+from bench.faults.patches import on_output
 from ris_fast.health.preflight import own_terms, terms
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.reach import output_reach
 from ris_fast.health.preflight.run import run_checks
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -96,3 +99,10 @@ def to_the_middle(prediction: Prediction, scenes: Scenes) -> torch.Tensor:
 def test_a_term_of_places_is_named_by_its_unit_and_by_its_padding(term: Any, named: str | None) -> None:
     trainer = Trainer(small("hybrid", **{"loss.own_weight": 0.1, "loss.angle": 0.01}), loss=term)
     assert [each.cause for each in own_terms.own_term(PreflightContext(trainer))] == [named] * bool(named)
+
+
+@pytest.mark.parametrize("limit, named", [(60.0, ["wrong_units"]), (math.pi, []), (math.pi / 3, [])])
+def test_angles_that_are_held_at_many_turns_are_in_degrees(limit: float, named: list[str]) -> None:
+    trainer = Trainer(small("hybrid", **{"loss.angle": 0.01}))
+    on_output(trainer.model, lambda answer: answer._replace(azimuth=limit * torch.tanh(20 * answer.azimuth)))
+    assert [each.cause for each in output_reach(PreflightContext(trainer))] == named
