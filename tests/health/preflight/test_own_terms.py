@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as fn
 
-from bench.faults.patches import on_output
+from bench.faults.patches import wrap
 from ris_fast.health.preflight import own_terms, terms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.reach import output_reach
@@ -104,5 +104,6 @@ def test_a_term_of_places_is_named_by_its_unit_and_by_its_padding(term: Any, nam
 @pytest.mark.parametrize("limit, named", [(60.0, ["wrong_units"]), (math.pi, []), (math.pi / 3, [])])
 def test_angles_that_are_held_at_many_turns_are_in_degrees(limit: float, named: list[str]) -> None:
     trainer = Trainer(small("hybrid", **{"loss.angle": 0.01}))
-    on_output(trainer.model, lambda answer: answer._replace(azimuth=limit * torch.tanh(20 * answer.azimuth)))
+    held = lambda answer: answer._replace(azimuth=limit * torch.tanh(answer.azimuth))  # noqa: E731
+    wrap(trainer.model, "trunk", lambda trunk: lambda features: held(trunk(features)))
     assert [each.cause for each in output_reach(PreflightContext(trainer))] == named
