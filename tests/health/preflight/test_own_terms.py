@@ -105,5 +105,5 @@ def test_a_term_of_places_is_named_by_its_unit_and_by_its_padding(term: Any, nam
 def test_angles_that_are_held_at_many_turns_are_in_degrees(limit: float, named: list[str]) -> None:
     trainer = Trainer(small("hybrid", **{"loss.angle": 0.01}))
     held = lambda answer: answer._replace(azimuth=limit * torch.tanh(answer.azimuth))  # noqa: E731
-    wrap(trainer.model, "trunk", lambda trunk: lambda features: held(trunk(features)))
+    wrap(trainer.step, "predict", lambda predict: lambda scenes: held(predict(scenes)))
     assert [each.cause for each in output_reach(PreflightContext(trainer))] == named
