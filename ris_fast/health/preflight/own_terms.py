@@ -12,7 +12,9 @@ from dataclasses import replace
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.terms import leaf
 from ris_fast.health.preflight.truth import COVARIANCE, OTHERS, asks_others, oracle, term_values
 from ris_fast.models.prediction import Prediction
 from ris_fast.training.loss_terms import active_sources
@@ -37,7 +39,7 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
                 " first, or raise the temperature; one call of the term with the true factors as answers tells.",
                 certain=False,
             )
-        elif not _tells_apart(context, name, guess):
+        elif not _contrasts(context, name, guess) and not _tells_apart(context, name, guess):
             yield Finding("shapes_broadcast", others, certain=False)
         return
     if unit := _other_unit(context, name, guess):
@@ -107,6 +109,12 @@ def _overflows(context: PreflightContext, name: str, guess: Prediction) -> str:
                 f"the term {name} is {value} for answers that are {share:.0%} of the way to the truth" if share else ""
             )
     return ""
+
+
+def _contrasts(context: PreflightContext, name: str, guess: Prediction) -> bool:
+    """Whether a softmax is part of the term, over the scenes that it compares, as in a contrastive one."""
+    value = context.loss(guess.apply(leaf), context.scenes)[1][name]
+    return bool(graph_of(value).named("LogSoftmax", "Softmax", "Logsumexp"))
 
 
 def _tells_apart(context: PreflightContext, name: str, guess: Prediction) -> bool:
