@@ -120,9 +120,10 @@ def _settings(columns: dict[str, Column], task: Task) -> str:
     square = side * side == elements
     found |= {"ris_horizontal": side, "ris_vertical": side} if square and elements != task.elements else {}
     flags = [f"--set task.{name}={value}" for name, value in found.items() if getattr(task, name) != value]
+    named = [" ".join(flags)] if flags else []
     if elements != task.elements and not square:
-        flags.append(f"task.ris_horizontal and task.ris_vertical with the product {elements}")
-    return " ".join(flags)
+        named.append(f"task.ris_horizontal and task.ris_vertical with the product {elements}")
+    return ", and ".join(named)
 
 
 def _check_rows(path: Path, columns: dict[str, Column]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-ABOVE = 1e-6  # relative
+ABOVE = 0.05  # relative
 VARIES, SAME = 0.1, 1e-6  # relative, of the rates within an epoch; between two epochs
 THOUSANDTH, EARLY, ENDS = 1e-3, 0.1, 0.75  # of its highest rate, reached in this share of the run; zero before
 SWINGS, SHORT = 4, 0.02  # turns of its way; share of the run between two of them
@@ -24,7 +24,7 @@ def out_of_plan(shares: Sequence[tuple[int, float]], epoch_steps: int, planned: 
         return ""
     highest, top = max((share, number) for number, share in shares)
     last, now = shares[-1]
-    if highest > 1 + ABOVE:
+    if highest > 1 + ABOVE and now == highest > shares[0][1]:  # and it rises still
         return f"is {highest:.3g} times its peak rate after {top} updates, and nothing bounds it there"
     if again := _starts_again(shares, epoch_steps):
         return again

@@ -27,6 +27,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.footprint import is_memory
 from ris_fast.training.loss import CovarianceLoss
 from ris_fast.training.step import LOW, autocast, network_inputs
+from ris_fast.training.undo import kept
 
 SCENES = 3
 NAMES = ("snapshots", "channel", "codes", "snr_db")
@@ -47,7 +48,7 @@ def check_contract(model: nn.Module, loss: CovarianceLoss, config: Config, sourc
         alone = source.size("train") % config.training.batch_size == 1
         notes = _check_network(model, config, scenes, alone) if own else []
         if loss.own is not None:
-            _check_term(loss, model, config, scenes)
+            notes += _check_term(loss, model, config, scenes)
     return notes
 
 
@@ -246,15 +247,17 @@ def _check_parts(model: OwnNetwork, config: Config, scenes: Scenes) -> None:
             ) from error
 
 
-def _check_term(loss: CovarianceLoss, model: nn.Module, config: Config, scenes: Scenes) -> None:
-    """The term of the user's own, on the network's answer. Raises: ConfigError."""
+def _check_term(loss: CovarianceLoss, model: nn.Module, config: Config, scenes: Scenes) -> list[str]:
+    """The term of the user's own, on the network's answer; what it keeps of these scenes is put back. Returns: notes.
+    Raises: ConfigError."""
     with torch.no_grad(), _buffers_kept(model):
         model.eval()
         prediction = model(*network_inputs(scenes)).apply(Tensor.float)
     leaves = prediction.apply(lambda value: value.detach().requires_grad_())
     name = loss.own_name
     try:
-        value = loss.own(leaves, scenes)
+        with kept(loss):
+            value = loss.own(leaves, scenes)
     except Exception as error:  # whatever their term raises
         raise ConfigError(
             f"loss.own {name} raised {first_line(error)}{where_raised(error)} when it was called with a Prediction"
@@ -267,17 +270,25 @@ def _check_term(loss: CovarianceLoss, model: nn.Module, config: Config, scenes: 
         )
     if not bool(value.isfinite().all()):
         raise ConfigError(f"loss.own {name} is not finite for finite predictions and scenes: {value.tolist()}.")
-    wide = loss.own(leaves.apply(Tensor.double), scenes.double())
-    if wide.dtype != torch.float64:
-        raise ConfigError(
-            f"loss.own {name} returns {wide.dtype} for a prediction in float64, in which its gradient is checked. Leave"
-            " .float() and dtype=torch.float32 out."
-        )
     if not value.requires_grad:
         raise ConfigError(
             f"loss.own {name} does not depend on the prediction through autograd, so it would train nothing. Compute it"
             " from prediction.factor with torch, without .detach(), .item() and numpy."
         )
+    try:
+        with kept(loss):
+            wide = loss.own(leaves.apply(Tensor.double), scenes.double())
+    except Exception as error:  # as of a table in float32
+        return [
+            f"the gradient of loss.own {name} is not checked, which takes float64: it raised {first_line(error)}"
+            f"{where_raised(error)}"
+        ]
+    if wide.dtype != torch.float64:
+        raise ConfigError(
+            f"loss.own {name} returns {wide.dtype} for a prediction in float64, in which its gradient is checked. Leave"
+            " .float() and dtype=torch.float32 out."
+        )
+    return []
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from copy import deepcopy
 from typing import Any
 
@@ -56,12 +57,35 @@ def step_flops(config: Config, scenes: Scenes, model: nn.Module | None = None) -
     from torch.utils.flop_counter import FlopCounterMode
 
     own = isinstance(model, OwnNetwork)
-    model = with_torch_layers(deepcopy(model)) if own else plain_network(config, scenes.snapshots.device)
+    model = with_torch_layers(_copied(model)) if own else plain_network(config, scenes.snapshots.device)
     model.eval()  # one scene has no batch statistics
     with FlopCounterMode(display=False) as counter:
         prediction = model(*network_inputs(scenes))
         sum(each.float().square().sum() for each in prediction if each is not None).backward()
     return counter.get_total_flops() / scenes.batch
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a network that may keep what an earlier pass computed, as torch's older weight_norm does: a tensor with
+    a graph has no copy, so that its numbers stand for it."""
+    kept: dict[int, Tensor] = {}
+    waiting: list[Any] = [model]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                kept[id(value)] = value.detach()
+        elif isinstance(value, nn.Module):
+            waiting.append(vars(value))
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple, set, deque)):
+            waiting.extend(value)
+    return deepcopy(model, kept)
 
 
 class MfuCallback(Callback):
@@ -79,7 +103,10 @@ class MfuCallback(Callback):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's random numbers stay
             peak = peak_matmul_rate(device, config.training.precision, seconds=0.3)
             scenes = self.trainer.source.batch("val", torch.arange(1))
-            flops = step_flops(config, scenes, self.trainer.model)
+            try:
+                flops = step_flops(config, scenes, self.trainer.model)
+            except Exception:  # whatever copying a network of the user's own and counting in it raises: no run ends so
+                flops = 0.0
             self.peak_scenes_per_s = self.trainer.ranks.size * peak / flops if flops else 0.0
         info["peak_matmul_flop_per_s"] = peak
 

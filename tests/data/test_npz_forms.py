@@ -109,7 +109,7 @@ def test_open_source_names_all_settings_that_fit(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=(
-            "--set task.snapshots=8 --set task.bs_antennas=4 --set task.max_sources=3 task.ris_horizontal and "
+            "--set task.snapshots=8 --set task.bs_antennas=4 --set task.max_sources=3, and task.ris_horizontal and "
             "task.ris_vertical with the product 24"
         ),
     ):

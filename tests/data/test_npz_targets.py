@@ -222,6 +222,17 @@ def test_task_differs_advises_the_settings_of_the_files(tmp_path: Path, made: di
     assert findings(path, advised) == []
 
 
+@pytest.mark.parametrize("times, cause", [(100.0, "wrong_units"), (2.0, "task_differs")])
+def test_ranges_in_centimetres_are_no_other_wavelength(tmp_path: Path, times: float, cause: str) -> None:
+    def scaled(some: Arrays) -> Arrays:
+        places = some["ptr"].copy()
+        places[:, 2 * SMALL.max_sources :] *= times
+        return some | {"ptr": places}
+
+    (finding,) = findings(folder(tmp_path, scaled))
+    assert finding.cause == cause
+
+
 def test_wrong_layout_names_the_vertical_index_fastest(tmp_path: Path) -> None:
     order = np.arange(SMALL.elements).reshape(SMALL.ris_vertical, SMALL.ris_horizontal).T.ravel()
 

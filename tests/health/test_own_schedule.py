@@ -18,6 +18,8 @@ MEANT: dict[str, Callable[[int], float]] = {
     "a decay with each epoch": lambda n: 0.98 ** (n // EPOCH),
     "halved once": lambda n: 1.0 if n < 17 else 0.5,
     "one cycle": lambda n: min(1.0, 0.04 + n / 1200),
+    "restarts from a little above its peak": lambda n: 0.001 + 0.5 * (1 + math.cos(math.pi * (n % 100) / 100)),
+    "a rate of its own": lambda n: 2.0,
     "linear to zero": lambda n: 1 - n / PLANNED,
 }
 WRONG: dict[str, tuple[Callable[[int], float], str]] = {

@@ -19,7 +19,7 @@ from ris_fast.inference.predictor import load
 from ris_fast.models import Prediction
 from ris_fast.training.checkpoint import CheckpointError
 from ris_fast.training.loss import own_term
-from ris_fast.training.mfu import step_flops
+from ris_fast.training.mfu import MfuCallback, step_flops
 from ris_fast.training.step import network_inputs
 from tests.command_line import SMALL_TASK
 from tests.training import broken_networks
@@ -214,6 +214,17 @@ def test_mfu_of_batch_normalisation_is_measured_on_one_scene() -> None:
     trainer = Trainer(config("Normalised"))
     scenes = trainer.source.batch("val", torch.arange(1))
     assert step_flops(trainer.config, scenes, trainer.model) > 0 and trainer.model.training
+
+
+def test_a_network_that_keeps_what_it_computed_is_measured_and_one_that_cannot_be_copied_ends_no_run() -> None:
+    trainer = Trainer(config("Normalised"))
+    scenes = trainer.source.batch("val", torch.arange(1))
+    flops = step_flops(trainer.config, scenes, trainer.model)
+    trainer.model.net.seen = [torch.ones(2, requires_grad=True).exp()]
+    assert step_flops(trainer.config, scenes, trainer.model) == flops
+    trainer.model.net.log = (each for each in ())  # a generator has no copy
+    trainer.callbacks.append(MfuCallback(trainer))
+    assert trainer.fit()["optimizer_steps"] > 0
 
 
 def test_a_changed_source_is_noted_and_the_weights_still_open(tmp_path: Path) -> None:

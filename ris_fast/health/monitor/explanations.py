@@ -26,6 +26,8 @@ GAP = 0.6  # training over validation
 MOSTLY = 0.5  # of the loss
 LOUDER = 0.5  # error of the scenes of the highest SNR over that of the others
 AT_THE_BOUND = 1.5
+QUIET_DB = 5.0  # above it another reason than noise keeps an estimator from the sources
+LEAVES = 0.9  # of the constant answer, that a bound leaves below it
 
 CHECKED: dict[str, tuple[Any, ...]] = {
     "the data, their targets and what belongs together": (
@@ -86,7 +88,10 @@ def _below_its_inputs(run: RunHistory) -> Iterator[Explanation]:
     reason, lowest = "the network's inputs do not hold the answer", constant(run)
     if figure is not None:
         yield Explanation(
-            reason, RULED_OUT, f"{figure.name} on the same inputs has {figure.nmse:.3g} without a network"
+            reason,
+            RULED_OUT,
+            f"{figure.name} on the same inputs has {figure.nmse:.3g} without a network, on training or validation"
+            " scenes, whichever is worse",
         )
         if best is not None and best > figure.nmse:
             yield Explanation(
@@ -129,7 +134,14 @@ def _length(run: RunHistory) -> Iterator[Explanation]:
     times = 2.0 ** min(60.0, (now - target) / -line.slope) if line.slope < 0 else math.inf
     falls = line.slope < -2 * line.slope_error and -line.slope > STILL * now
     seen = f"validation changes by {line.slope:+.2g} in each doubling of the steps"
-    if now <= target or falls and times <= FAR:
+    if now <= target:
+        yield Explanation(
+            reason,
+            LIKELY if falls else RULED_OUT,
+            f"{seen}, and at {now:.3g} it is below {target:.3g} already",
+            "training.epochs times 2" if falls else "",
+        )
+    elif falls and times <= FAR:
         factor = max(2.0, times)
         yield Explanation(
             reason,
@@ -219,20 +231,53 @@ def _scenes(run: RunHistory) -> Iterator[Explanation]:
     if len(rows) > 1:
         quiet, loud = rows[0], rows[-1]
         rest = sum(row[1] * row[2] for row in rows[:-1]) / sum(row[1] for row in rows[:-1])
-        noise = loud[2] < LOUDER * rest
+        seen = (
+            f"scenes of the highest SNR ({loud[0]} dB) score {loud[2]:.3g}, of the lowest ({quiet[0]} dB)"
+            f" {quiet[2]:.3g}"
+        )
+        if loud[2] < LOUDER * rest:
+            status, possible = LIKELY, ""
+        else:
+            status, possible = _at_these_snrs(run, float(loud[0].rpartition(" ")[2]))
         yield Explanation(
             "the noise is too strong",
-            LIKELY if noise else RULED_OUT,
-            f"scenes of the highest SNR ({loud[0]} dB) score {loud[2]:.3g}, of the lowest ({quiet[0]} dB)"
-            f" {quiet[2]:.3g}",
-            "a higher task.snr_min_db shows whether it learns without noise" if noise else "",
+            status,
+            f"{seen}{possible}",
+            "" if status == RULED_OUT else "a higher task.snr_min_db shows whether it learns without noise",
         )
+
+
+def _at_these_snrs(run: RunHistory, highest_db: float) -> tuple[str, str]:
+    """Whether the noise leaves more than a constant answer, where scenes of every SNR are as bad: what shows it, as the
+    end of a sentence."""
+    lowest, bound, figure = constant(run), run.summary.get("mmse_bound"), inputs_figure(run)
+    if figure is not None:
+        return RULED_OUT, f"; at these SNRs {figure.name} without a network has {figure.nmse:.3g}"
+    if lowest is not None and bound:
+        beside = f"; the MMSE bound at these SNRs is {bound:.3g}, the constant answer {lowest[1]:.3g}"
+        return RULED_OUT if bound < LEAVES * lowest[1] else LIKELY, beside
+    known = {k: float(v) for k, v in (run.info.get("baselines") or {}).items() if k not in CONSTANT_BASELINES}
+    if known and lowest is not None:
+        name = min(known, key=known.__getitem__)
+        return LIKELY if highest_db < QUIET_DB else NOT_LOOKED_AT, (
+            f"; {name.replace('_', ' ')} at these SNRs has {known[name]:.3g}, no better than the constant answer,"
+            f" {lowest[1]:.3g}"
+        )
+    return NOT_LOOKED_AT, "; whether more is possible at these SNRs, no estimator says"
 
 
 def _bound(run: RunHistory) -> Iterator[Explanation]:
     bound, best = run.summary.get("mmse_bound"), run.summary.get("best_val_nmse")
-    if bound and best is not None and best < AT_THE_BOUND * bound:
-        yield Explanation("nothing better is possible", LIKELY, f"{best:.3g} beside {bound:.3g}, the MMSE bound")
+    if not bound or best is None or best >= AT_THE_BOUND * bound:
+        return
+    baselines = run.info.get("baselines") or {}
+    name = min(baselines, key=lambda each: float(baselines[each]), default="")
+    seen = f"{best:.3g} beside {bound:.3g}, the MMSE bound"
+    if name and float(baselines[name]) < best:
+        seen = f"{name.replace('_', ' ')} has {float(baselines[name]):.3g} on the same scenes without a network; {seen}"
+        yield Explanation("nothing better is possible", RULED_OUT, seen)
+    else:
+        yield Explanation("nothing better is possible", LIKELY, seen)
 
 
 def _loss(run: RunHistory) -> Iterator[Explanation]:

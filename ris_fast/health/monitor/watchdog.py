@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from ris_fast.health.monitor.history import RunHistory
 from ris_fast.health.monitor.rules import rules_of
 from ris_fast.health.names import check_beginnings, known_causes
 from ris_fast.health.preflight.rereads import AUGMENTED, MASKED_ANEW
-from ris_fast.health.preflight.run import Result, run_checks
+from ris_fast.health.preflight.run import Result, described, run_checks
 from ris_fast.training.callback import Callback
 from ris_fast.training.state import RunStopped
 from ris_fast.training.trainer import Trainer
@@ -87,8 +88,11 @@ class Watchdog(Callback):
 
     def on_summary(self, summary: dict[str, Any]) -> None:
         self.run.summary = summary
-        self._judge("finish", stop=False)
-        self.add_findings(summary)
+        try:
+            self._judge("finish", stop=False)
+            self.add_findings(summary)
+        except Exception as error:  # a mistake in a rule; the summary is written behind this callback
+            warnings.warn(f"the health of the finished run was not judged: {described(error)}", stacklevel=2)
 
     def add_findings(self, summary: dict[str, Any]) -> None:
         """Adds the causes that were found, most certain first, their evidence, what was ruled out, and for a run that

@@ -107,8 +107,9 @@ def _sizes(scenes: Scenes) -> str:
 def _ends(scenes: Scenes) -> str:
     """Numbers that were cut off at the largest one."""
     size = scenes.snapshots.flatten(1).abs()
-    share = (size >= size.amax(1, keepdim=True) * (1 - 1e-6)).float().mean(1)
-    cut = share > CUT_OFF
+    largest = size >= size.amax(1, keepdim=True) * (1 - 1e-6)
+    share = largest.float().mean(1)
+    cut = (share > CUT_OFF) & (largest.sum(1) > 1)  # one number is the largest of any scene
     if not float(cut.float().mean()) > 0.5:
         return ""
     return (
@@ -121,7 +122,8 @@ def _steps(scenes: Scenes) -> str:
     """Numbers that were rounded to steps larger than the noise."""
     noise = _noise(scenes)
     values = [each.flatten().unique() for each in scenes.snapshots.double()]
-    if not all(1 < len(each) < 4 or on_a_grid(scene) for each, scene in zip(values, scenes.snapshots)):
+    few = scenes.snapshots[0].numel() // 2  # values of numbers that are all different are as many as these
+    if not all(1 < len(each) < min(4, few) or on_a_grid(scene) for each, scene in zip(values, scenes.snapshots)):
         return ""
     ratio = torch.stack([each.diff().min() for each in values]) / noise
     if not float(ratio.median()) > 1.0:

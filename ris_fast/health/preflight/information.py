@@ -33,6 +33,7 @@ MIN_GAIN = 0.05  # gain over the constant answer from which an estimate with the
 NOTHING, MIN_SNR_DB = 0.01, -10.0  # gain of an estimate that knows nothing; dB of all snapshots and antennas together
 LOUD = 20.0  # dB of all snapshots and antennas together from which an estimator finds most sources
 EXAMINED, NONE = 16, 3e-6  # scenes; of the largest singular value: rounding, where lines of sight are nearly dependent
+SAME = 1e-4  # of the size of what an antenna sees
 PART = 0.25  # of that gain; the inputs that RIS-12x12 is meant for keep all of it, H c_l a twentieth
 
 
@@ -63,13 +64,21 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
         finite = bool(scenes.snapshots.isfinite().all())
         context.note = f"not checked: {why if finite else 'snapshots are not finite'}"
         return
-    if seen := _few_equations(scenes):
-        yield Finding("inputs_withhold_answer", seen, certain=False)
+    rank, most, alike = _equations(scenes)
+    few = 2 * rank <= most
+    if few and (alike or not context.config.task.channel):  # an own model of a few paths leaves a low rank
+        yield Finding(
+            "inputs_withhold_answer",
+            f"a snapshot of {scenes.channel.shape[1]} antennas gives {rank} independent equations for the field on"
+            f" {scenes.channel.shape[2]} elements, where it could give {most}: the channel has rank {rank}. Antennas"
+            " that all see the same say nothing more.",
+            certain=False,
+        )
         return
     scenes = with_factor(scenes)
     constant, found = mean_covariance([scenes]), estimate(context, scenes)
     name, factor = found.name.replace("_", " "), found.factor
-    if not found.field and not context.known.get("parts apart"):  # which is seen in the scenes themselves
+    if not found.field and not few and not context.known.get("parts apart"):  # which is seen in the scenes themselves
         yield from _worse_than_zero(name, factor, scenes)
     shown, alone = gains(factor, scenes, constant)
     known, _ = gains(
@@ -98,23 +107,17 @@ def input_information(context: PreflightContext) -> Iterator[Finding]:
         )
 
 
-def _few_equations(scenes: Scenes) -> str:
-    """Antennas that say less of the field on the surface than as many others would; empty where they do not. How many
-    codes there are is a matter of the design."""
-    few = scenes[:EXAMINED]
-    channel = to_complex(few.channel)
-    antennas, elements = channel.shape[1:]
+def _equations(scenes: Scenes) -> tuple[int, int, bool]:
+    """Of the field on the surface, how many independent ones the antennas give and how many as many others could; and
+    whether all of them see the same. How many codes there are is a matter of the design."""
+    channel = to_complex(scenes[:EXAMINED].channel).to(torch.complex64)
+    most = min(channel.shape[1:])
     if not bool(channel.isfinite().all()):
-        return ""
-    values = torch.linalg.svdvals(channel.to(torch.complex64))
+        return most, most, False
+    values = torch.linalg.svdvals(channel)
     rank = int((values > NONE * values[:, :1]).sum(1).median())
-    most = min(antennas, elements)
-    if 2 * rank > most:
-        return ""
-    return (
-        f"a snapshot of {antennas} antennas gives {rank} independent equations for the field on {elements} elements,"
-        f" where it could give {most}: the channel has rank {rank}. Antennas that all see the same say nothing more."
-    )
+    unit = channel / torch.linalg.vector_norm(channel, dim=2, keepdim=True).clamp_min(1e-30)
+    return rank, most, bool((torch.linalg.vector_norm(unit - unit[:, :1], dim=2) < SAME).all())
 
 
 def _worse_than_zero(name: str, factor: Tensor, scenes: Scenes) -> Iterator[Finding]:

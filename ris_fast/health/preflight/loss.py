@@ -105,7 +105,7 @@ def dead_terms(context: PreflightContext) -> Iterator[Finding]:
         values = [row[name] for row in table]
         if not all(map(math.isfinite, values[:3])):
             continue  # which has names of its own
-        if len(set(values)) == 1:
+        if len(set(values)) == 1 and not (name == getattr(context.loss, "own_name", "") and _pulls(context, name)):
             yield Finding("dead_loss_term", f"{name} is {values[0]:g} for every prediction that was tried.")
         elif name in COVARIANCE and len(set(values[:3])) == 1:
             yield Finding(
@@ -113,6 +113,13 @@ def dead_terms(context: PreflightContext) -> Iterator[Finding]:
                 f"{name} is {values[0]:g} for an untrained network and for others near it, and "
                 f"{values[-1]:.3g} for the truth: it is flat where training starts.",
             )
+
+
+def _pulls(context: PreflightContext, name: str) -> bool:
+    """Whether a term has a gradient: one that is divided by its own detached value is 1 for every answer."""
+    leaves = context.guess.apply(leaf)
+    value = context.loss(leaves, context.scenes)[1][name]
+    return value.requires_grad and bool(_slope(value, leaves).any())
 
 
 def _jolted(prediction: Prediction, size: float) -> Prediction:
@@ -223,10 +230,11 @@ def _turn(one: Tensor, other: Tensor) -> float:
     return math.sqrt(max(0.0, 1.0 - along * along))
 
 
+MEMORY = {"the loss keeps nothing of earlier scenes": keeps_nothing}  # a term of one's own remembers between its calls
 CHECKS = {
     "the weights of the loss": weights,
     "the total is made of its terms": total,
     "every term of the loss is alive": dead_terms,
-    "the loss keeps nothing of earlier scenes": keeps_nothing,
+    **MEMORY,
     "no auxiliary term dominates": balance,
 }

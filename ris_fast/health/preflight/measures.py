@@ -53,11 +53,3 @@ def on_a_grid(tensor: Tensor) -> bool:
         return False
     multiples = values / values.diff().min()
     return float(multiples.abs().max()) < LEVELS and float((multiples - multiples.round()).abs().max()) < 0.02
-
-
-@torch.no_grad()
-def write(tensor: Tensor, values: Tensor) -> None:
-    """Copies numbers into a tensor, also into one whose entries share memory, as those of an expanded one do."""
-    shared = [stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())]
-    once = tuple(slice(0, 1) if each else slice(None) for each in shared)
-    tensor[once].copy_(values[once])

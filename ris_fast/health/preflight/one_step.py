@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.attachments import attached
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, on_a_grid, rounded_to_16_bits, total_norm
 from ris_fast.health.preflight.probe import PreflightContext
@@ -18,6 +17,7 @@ from ris_fast.health.preflight.schedule import DECAY_PER_STEP
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
 from ris_fast.health.preflight.tensor_scales import clipped_apart, one_by_one
 from ris_fast.physics.scenes import Scenes
+from ris_fast.training.attachments import attached
 from ris_fast.training.telemetry.step_window import median
 
 SCALER_STEPS = 24  # a dynamic loss scale halves its way to one that fits in fewer

@@ -12,12 +12,15 @@ from dataclasses import replace
 import torch
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.probe import PreflightContext
+from ris_fast.health.preflight.terms import leaf
 from ris_fast.health.preflight.truth import COVARIANCE, OTHERS, asks_others, oracle, term_values
 from ris_fast.models.prediction import Prediction
 from ris_fast.training.loss_terms import active_sources
 
 GROWS = 1e-3  # relative, from one point of the way to the truth to the next
+FITS = 1e-5  # of the value in the unit that is given; a square is far smaller at a 57th too
 STEEP = 0.5  # of the slope at an untrained network's answers
 
 
@@ -36,12 +39,20 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
                 " first, or raise the temperature; one call of the term with the true factors as answers tells.",
                 certain=False,
             )
-        elif not _tells_apart(context, name, guess):
+        elif not _contrasts(context, name, guess) and not _tells_apart(context, name, guess):
             yield Finding("shapes_broadcast", others, certain=False)
+        return
+    if unit := _other_unit(context, name, guess):
+        yield Finding(
+            "wrong_units",
+            f"at the true angles the term {name} is {unit[0]:.3g}, and at {unit[1]} times these {unit[2]:.3g}: labels"
+            " and predictions are both in radians, and one side is converted to or from degrees.",
+            certain=False,
+        )
         return
     if _reads_padding(context, name, guess):
         yield Finding(
-            "parts_unrelated",
+            "target_scale_differs",
             f"the term {name} changes with the places and powers of sources that its scenes do not have: it compares"
             " answers with the padding of the labels.",
             advice="Multiply by (scenes.power > 0), or by the first scenes.count slots, and divide by how many these"
@@ -66,9 +77,9 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             certain=False,
         )
         return
-    if not outweighs(context, name, guess):
-        return
     right = oracle(scenes, guess)
+    if not outweighs(context, name, guess) and not reads_factors(context, name, right):
+        return  # what compares with no truth may hold the network back
     way = [term_values(context, _nearer(guess, right, share), scenes)[name] for share in (0.0, 0.5, 0.8, 1.0)]
     if all(math.isfinite(value) for value in way) and all(b > a + GROWS * abs(a) for a, b in zip(way, way[1:])):
         values = ", ".join(f"{value:.3g}" for value in way)
@@ -98,6 +109,12 @@ def _overflows(context: PreflightContext, name: str, guess: Prediction) -> str:
                 f"the term {name} is {value} for answers that are {share:.0%} of the way to the truth" if share else ""
             )
     return ""
+
+
+def _contrasts(context: PreflightContext, name: str, guess: Prediction) -> bool:
+    """Whether a softmax is part of the term, over the scenes that it compares, as in a contrastive one."""
+    value = context.loss(guess.apply(leaf), context.scenes)[1][name]
+    return bool(graph_of(value).named("LogSoftmax", "Softmax", "Logsumexp"))
 
 
 def _tells_apart(context: PreflightContext, name: str, guess: Prediction) -> bool:
@@ -159,6 +176,25 @@ def _slope_at_truth(context: PreflightContext, name: str, guess: Prediction) -> 
     return ""
 
 
+def _other_unit(context: PreflightContext, name: str, guess: Prediction) -> tuple[float, str, float] | None:
+    """The value of a term at the true angles, and with what factor it is next to nothing there; None where it is with
+    none. Of scenes whose slots all have a source, since padding is another matter."""
+    scenes = context.scenes
+    if guess.azimuth is None or guess.elevation is None or scenes.azimuth is None or scenes.power is None:
+        return None
+    full = scenes.count >= guess.azimuth.shape[1]
+    if not bool(full.any()):
+        return None
+    scenes, right = scenes[full], oracle(scenes[full], guess.apply(lambda value: value[full]))
+    value = term_values(context, right, scenes)[name]
+    for times, factor in (("180 / pi", 180 / math.pi), ("pi / 180", math.pi / 180)):
+        there = right._replace(azimuth=factor * right.azimuth, elevation=factor * right.elevation)
+        other = term_values(context, there, scenes)[name]
+        if 0 <= other < FITS * value:
+            return value, times, other
+    return None
+
+
 def _reads_padding(context: PreflightContext, name: str, guess: Prediction) -> bool:
     """Whether the term changes with labels of sources that are not there."""
     scenes = context.scenes
@@ -172,6 +208,16 @@ def _reads_padding(context: PreflightContext, name: str, guess: Prediction) -> b
     torch.manual_seed(0)
     first, again = (term_values(context, guess, scenes)[name] for _ in range(2))
     return first == again and term_values(context, guess, replace(scenes, **other))[name] != first
+
+
+@torch.no_grad()
+def reads_factors(context: PreflightContext, name: str, right: Prediction) -> bool:
+    """Whether the term of the true answers is another one where the scenes have each other's true factors."""
+    scenes, values = context.scenes, []
+    for given in (scenes, scenes, replace(scenes, factor=scenes.factor.roll(1, 0))):
+        torch.manual_seed(0)
+        values.append(term_values(context, right, given)[name])
+    return values[0] == values[1] != values[2]
 
 
 def outweighs(context: PreflightContext, name: str, guess: Prediction) -> bool:

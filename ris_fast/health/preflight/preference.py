@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
-from ris_fast.health.preflight.own_terms import outweighs
+from ris_fast.health.preflight.own_terms import outweighs, reads_factors
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.truth import COVARIANCE, oracle, turned
 from ris_fast.models.prediction import Prediction
@@ -56,7 +56,7 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     if judged is not None:
         if not beside or scores.own > LOW * scores.random:  # it may say what the others do not
             yield Finding(judged[0], f"{seen}{judged[1]}.", certain=False)
-    elif _reads_factors(context, name, right, scenes):
+    elif reads_factors(context, name, right):
         lower = _below(context, name, right, scenes)
         if lower < scores.own - FAR_BELOW * max(scores.random - scores.own, DEAF * scores.size):
             yield Finding(
@@ -169,16 +169,6 @@ def _scored(context: PreflightContext, name: str, like: Prediction, factor: Tens
         for given in (factor, *(scale * unit for scale in SCALES))
     ]
     return min((value for value in values if math.isfinite(value)), default=math.nan)
-
-
-@torch.no_grad()
-def _reads_factors(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> bool:
-    """Whether the term of the true answers is another one where the scenes have each other's true factors."""
-    values = []
-    for given in (scenes, scenes, replace(scenes, factor=scenes.factor.roll(1, 0))):
-        torch.manual_seed(0)
-        values.append(float(context.loss(right, given)[1][name]))
-    return values[0] == values[1] != values[2]
 
 
 def _below(context: PreflightContext, name: str, right: Prediction, scenes: Scenes) -> float:

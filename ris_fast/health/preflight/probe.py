@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ris_fast.health.preflight.measures import write
 from ris_fast.models.modes import eval_mode
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
+from ris_fast.training.undo import write
 
 SMALL = 16  # scenes in most probes, whose cost is mostly the forward passes of a large network
 FEWEST = 4  # of a micro-batch by itself

@@ -7,6 +7,7 @@ Legend: B batch, N RIS elements, Q factor columns, K sources (padded), S samples
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ MOST = 0.5  # share of the entries that are held
 OUT_OF_REACH, AT_THE_END = 0.1, 1e-2  # share of the targets; of their span, within which an answer is at its end
 FIXED, APART = 1e-3, 0.3  # relative spread of a share that is fixed; relative difference of the targets' from it
 NEAR, FOLDED = 0.05, 0.02  # of the span of the targets, from zero; share of the answers there
+TURN = 2.02 * math.pi  # rad: an angle that is bounded by a whole turn is not beyond it
 PILED = 0.1  # share of the answers of large weights that are there
 
 
@@ -50,6 +52,14 @@ def output_reach(context: PreflightContext) -> Iterator[Finding]:
     if found is not None and found.counts is not None and (seen := _squashed(found.counts)):
         yield Finding("softmax_twice", seen)
     if found is None or found.factor.shape[0] < FEWEST or scenes.batch < 2 or not bool(found.factor.any()):
+        return
+    if seen := _beyond_a_turn(found, context.guess):
+        yield Finding(
+            "wrong_units",
+            seen,
+            advice="Leave a conversion to degrees out of the network: angles are in radians, answers and labels.",
+            certain=False,
+        )
         return
     wanted = _target(scenes)
     if seen := _covariance(found.factor, wanted):
@@ -205,6 +215,23 @@ def _places(found: Reach, scenes: Scenes) -> str:
                     f"with weights drawn at random, {name} goes from {float(ends.min):.3g} to {float(ends.max):.3g} and"
                     f" sits at that end with large ones; {beyond:.0%} of the targets are {what} it, which go from"
                     f" {float(targets.min()):.3g} to {float(targets.max()):.3g}."
+                )
+    return ""
+
+
+def _beyond_a_turn(found: Reach, guess: Prediction) -> str:
+    """Angles that go further than a whole turn: where they are held, or at the start; empty where none do."""
+    for name in ("azimuth", "elevation"):
+        if name not in found.places:
+            continue
+        end = float(found.extremes[name].abs().max())
+        piled = float((found.extremes[name].abs() > (1 - AT_THE_END) * end).float().mean())
+        start = float(getattr(guess, name).abs().median())
+        for what, angle in (("sits at an end with large weights", end * (piled > PILED)), ("starts", start)):
+            if TURN < angle < math.inf:
+                return (
+                    f"{name} {what}, at {angle:.4g}, which is {angle / (2 * math.pi):.3g} turns in radians; in degrees"
+                    f" it is {math.radians(angle):.3g} rad."
                 )
     return ""
 

@@ -5,30 +5,26 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ris_fast.health.preflight.attachments import (
-    GENERATORS,
-    PLAIN,
-    SCHEDULERS,
-    attached,
-    contents,
-    global_names,
-    is_users,
-)
-from ris_fast.health.preflight.measures import write
+from ris_fast.training.attachments import PLAIN
 from ris_fast.training.optim.fused_adamw import FusedAdamW
 from ris_fast.training.trainer import Trainer
-
-Undo = Callable[[], None]
+from ris_fast.training.undo import (
+    Undo,
+    of_attached,
+    of_attributes,
+    of_elements,
+    of_module,
+    of_optimizer,
+    undo_of,
+    write,
+)
 
 
 class TensorCopies:
@@ -92,6 +88,10 @@ def _all_modules(trainer: Trainer) -> list[nn.Module]:
     return list(dict.fromkeys(parts))
 
 
+def _owners(trainer: Trainer) -> list[Any]:
+    return [trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, *_all_modules(trainer)]
+
+
 @contextmanager
 def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Iterator[None]:
     """Whatever happens to the trainer's numbers inside the block is undone at its end, bit for bit; so is what happens
@@ -102,20 +102,47 @@ def preserve_state(trainer: Trainer, numbers: TensorCopies | None = None) -> Ite
     numbers = numbers or TensorCopies(trainer)
     undo = [
         _gradients(trainer.model),
-        _optimizer(trainer.optimizer),
+        of_optimizer(trainer.optimizer),
         numbers.write_back,
         _random(trainer.device),
-        *map(_module, _all_modules(trainer)),
-        *map(_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan, trainer.source)),
-        _elements(trainer.network.known),
+        *map(of_module, _all_modules(trainer)),
+        *map(of_attributes, (trainer.step.telemetry, trainer.step, trainer.state, trainer.plan, trainer.source)),
+        of_elements(trainer.network.known),
         _plain(trainer),
-        *_attached(trainer),
+        *of_attached(_owners(trainer), trainer.model),
     ]
     try:
         yield
     finally:
         for back in undo:
             back()
+
+
+@contextmanager
+def term_of_one_state(loss: Any) -> Iterator[None]:
+    """Inside, every call of the user's own term begins with what it keeps now, as a queue or a running mean: calls can
+    be compared, and nothing of another precision or of other scenes stays in it."""
+    own = getattr(loss, "own", None)
+    if own is None:
+        yield
+        return
+    holder = nn.Module()
+    holder.own = own
+    undo = undo_of(holder)
+
+    def called(*given: Any) -> Any:
+        for back in undo:
+            back()
+        return own(*given)
+
+    loss.__dict__["own"] = called  # also before a submodule of this name
+    try:
+        yield
+    finally:
+        if isinstance(own, nn.Module):
+            del loss.__dict__["own"]
+        else:
+            loss.own = own
 
 
 def _gradients(model: nn.Module) -> Undo:
@@ -126,29 +153,6 @@ def _gradients(model: nn.Module) -> Undo:
             value.grad = grad
 
     return back
-
-
-def _optimizer(optimizer: Any) -> Undo:
-    """Everything that the optimizer holds but the numbers in its tensors."""
-    parts = optimizer.buffers.parts if isinstance(optimizer, FusedAdamW) else []
-    owners = [(owner, _copied(owner.__dict__)) for owner in (optimizer, *parts)]
-    state = {key: dict(value) for key, value in optimizer.state.items()}
-    groups = [(group, dict(group)) for group in optimizer.param_groups]
-
-    def back() -> None:
-        for owner, attributes in owners:
-            owner.__dict__.clear()
-            owner.__dict__.update(attributes)
-        optimizer.state = defaultdict(dict, state)
-        for group, options in groups:
-            group.clear()
-            group.update(options)
-
-    return back
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, list) else value for name, value in attributes.items()}
 
 
 def _random(device: torch.device) -> Undo:
@@ -172,123 +176,3 @@ def _plain(owner: Any) -> Undo:
     """The numbers and texts among an object's attributes: the mode of a module, a counter."""
     kept = {name: value for name, value in owner.__dict__.items() if isinstance(value, PLAIN)}
     return lambda: owner.__dict__.update(kept)
-
-
-def _module(module: nn.Module) -> Undo:
-    """A module's own attributes: its mode, its counters and caches, its hooks, and which tensors are its buffers."""
-    kept = dict(module.__dict__)
-    inner = [_elements(value) for value in kept.values() if isinstance(value, (dict, list, set))]
-    flags = [(value, value.requires_grad) for value in module._parameters.values() if value is not None]
-
-    def back() -> None:
-        module.__dict__.clear()
-        module.__dict__.update(kept)
-        for each in inner:
-            each()
-        for value, required in flags:
-            if value.requires_grad is not required:
-                value.requires_grad_(required)
-
-    return back
-
-
-def _attributes(owner: Any) -> Undo:
-    """The attributes of an object, and the elements of its lists, dictionaries and sets."""
-    kept = dict(owner.__dict__)
-    inner = [_elements(value) for value in kept.values() if isinstance(value, (dict, list, set))]
-
-    def back() -> None:
-        owner.__dict__.clear()
-        owner.__dict__.update(kept)
-        for each in inner:
-            each()
-
-    return back
-
-
-def _elements(value: Any, depth: int = 3) -> Undo:
-    """The elements of a list, a dictionary or a set, and those of such elements in turn."""
-    kept = list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value)
-    held = kept.values() if isinstance(kept, dict) else kept
-    inner = [_elements(each, depth - 1) for each in held if depth > 1 and isinstance(each, (dict, list, set))]
-
-    def back() -> None:
-        value.clear()
-        (value.extend if isinstance(value, list) else value.update)(kept)
-        for each in inner:
-            each()
-
-    return back
-
-
-# ---- what is not the trainer's own
-# --------------------------------------------------------------------------------------
-
-
-def _attached(trainer: Trainer) -> Iterator[Undo]:
-    """Of everything that hooks and replaced methods reach. Tensors as long as they are no more than a few copies of the
-    model."""
-    room = 2**20 + 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
-    owners = [trainer, trainer.step, trainer.optimizer, trainer.loss, trainer.source, *_all_modules(trainer)]
-    for value in attached(owners):
-        if isinstance(value, Tensor):
-            if value.layout == torch.strided and value.device.type != "meta" and value.numel() <= room:
-                room -= value.numel()
-                yield _numbers(value)
-        elif isinstance(value, GENERATORS):
-            yield _generator(value)
-        elif isinstance(value, CellType):
-            yield _cell(value)
-        elif isinstance(value, FunctionType):
-            yield _globals(value)
-        elif isinstance(value, (dict, list, set)):
-            yield _elements(value)
-        elif isinstance(value, Optimizer):
-            yield _optimizer(value)
-        elif isinstance(value, nn.Module):
-            yield _module(value)
-        elif hasattr(value, "__dict__") and (isinstance(value, SCHEDULERS) or is_users(value)):
-            yield _attributes(value)
-
-
-def _numbers(value: Tensor) -> Undo:
-    kept = value.detach().clone()
-
-    @torch.no_grad()
-    def back() -> None:
-        if value.shape == kept.shape and not torch.equal(value, kept):
-            write(value, kept)
-
-    return back
-
-
-def _generator(value: Any) -> Undo:
-    """A generator of torch, of Python, or of numpy, whose state is a property."""
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state) and None
-    if isinstance(value, random.Random):
-        kept = value.getstate()
-        return lambda: value.setstate(kept)
-    bits = value.bit_generator.state
-
-    def back() -> None:
-        value.bit_generator.state = bits
-
-    return back
-
-
-def _cell(cell: CellType) -> Undo:
-    held = contents(cell)
-
-    def back() -> None:
-        if held:
-            cell.cell_contents = held[0]
-
-    return back
-
-
-def _globals(function: FunctionType) -> Undo:
-    """Global numbers and texts that a user's function names."""
-    kept = {name: value for name, value in global_names(function).items() if isinstance(value, PLAIN)}
-    return lambda: function.__globals__.update(kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
@@ -49,7 +50,7 @@ from ris_fast.health.preflight import (
     validation,
 )
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.restore import TensorCopies, preserve_state
+from ris_fast.health.preflight.restore import TensorCopies, preserve_state, term_of_one_state
 from ris_fast.training.footprint import is_memory
 from ris_fast.training.trainer import Trainer
 
@@ -161,18 +162,21 @@ def _run(context: PreflightContext, numbers: TensorCopies, name: str, check: Che
         warnings.simplefilter("ignore")
         context.model.train()
         try:
-            with context.small() if small else context.whole():
+            with (
+                context.small() if small else context.whole(),
+                nullcontext() if name in loss.MEMORY else term_of_one_state(context.loss),
+            ):
                 findings.extend(check(context))
         except Exception as error:
             # A check calls whatever the trainer is made of, which may raise anything: the check ends, not the run.
             # Nothing is hidden by that: why and where it ended is shown, counted, and not called a pass.
             if is_memory(error) or hasattr(error, "exit_code"):  # reported to a person in their own words
                 raise
-            failed = _described(error)
+            failed = described(error)
     return Result(name, tuple(findings), time.perf_counter() - began, context.note, failed, context.reached)
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
     """Kind, first line and location of an error."""
     frame = extract_tb(error.__traceback__)[-1]
     message = str(error).splitlines()[0] if str(error) else "no message"

@@ -22,6 +22,7 @@ HASHED, VALIDATED = 4096, 256  # scenes of training and of validation
 BITS, ENOUGH = 256, 4096  # values of a byte; numbers that would have more
 COMPARED = 2048  # scenes of training, with each of validation
 LARGE = 32  # numbers of a channel or of snapshots, below which many are alike by chance
+BY_CHANCE = 3.0  # times as many pairs of two splits are nearly alike as are alike
 ALIKE, NEAR = 0.9, 0.7  # of two that are copies up to noise; of two that are alike
 # share of pairs within training that are copies, at most; share that are alike, from which copies are held to those
 # that are no copies: of a small array many are more or less alike; share of validation scenes
@@ -184,12 +185,14 @@ def _same_places(source: Any) -> Iterator[Finding]:
         parts.append(_likeness_by_part(validation, training))
         numbers.append(training.index)
     for name, values in within.items():
-        found = torch.cat([part[name] for part in parts], 1) > ALIKE
+        likeness = torch.cat([part[name] for part in parts], 1)
+        found = likeness > ALIKE
         many = found.any(1)
-        # Scenes of one split that are alike more or less, as through a channel that is fixed, say nothing.
+        # Scenes that are alike more or less, as through a channel that is fixed or of low rank, say nothing.
         copies, near = (float((values.fill_diagonal_(0.0) > least).float().mean()) for least in (ALIKE, NEAR))
         usual = near > FEW_PAIRS and near - copies > BETWEEN * copies
-        if copies > SPARSE or usual or int(many.sum()) <= FEW_ALIKE * len(many):
+        by_chance = int((likeness > NEAR).sum()) > (1 + BY_CHANCE) * int(found.sum())
+        if copies > SPARSE or usual or by_chance or int(many.sum()) <= FEW_ALIKE * len(many):
             continue
         first = int(many.nonzero()[0, 0])
         whose = int(torch.cat(numbers)[int(found[first].nonzero()[0, 0])])

@@ -17,6 +17,7 @@ from ris_fast.data.geometry import EXACT, leading_factor
 from ris_fast.data.npz_load import APART
 from ris_fast.health.causes import CAUSES
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.distributions import UNITS
 from ris_fast.health.preflight.pairing import belonging, with_factor
 from ris_fast.health.preflight.probe import FEWEST, PreflightContext
 from ris_fast.physics.array import RISArray
@@ -29,6 +30,8 @@ ALIKE = 1.5  # of the NMSE with which one explanation fits: another one fits as 
 EXAMINED, TRIED = 256, 8  # scenes; of these, with the sources of every other
 # scenes; share of a vector's energy that is a product, from which it is a wave: 1, numbers in any order 0.4
 CLEAREST, PRODUCT = 16, 0.7
+
+LIMIT, CLOSE = 1.1, 0.05  # times the limits of the task, since positions may be of another origin; relative
 
 
 def targets(context: PreflightContext) -> Iterator[Finding]:
@@ -166,7 +169,33 @@ def _other_array(task: Any, labels: Labels, *, every_size: bool) -> Finding | No
             advice="Write y, H_full, codes and R with the horizontal index fastest (n = j N_H + i)."
             + (f" Then {_settings(other)}." if other else ""),
         )
+    if (unit := _unit_of_ranges(task, labels, other)) is not None:
+        name, factor = unit
+        return Finding(
+            "wrong_units",
+            f"the ranges of these files, {float(labels.range_m[labels.active].max()):.4g} at most, are in {name}: so"
+            " read they lie where the task says, and R fits its own sources"
+            f" (NMSE {found.fit:.2g}; in metres {now:.2g}).",
+            advice=f"Write the ranges of ptr in metres: times {factor:g}.",
+        )
     return Finding("task_differs", evidence, advice=f"{_settings(other).capitalize()}.")
+
+
+def _unit_of_ranges(task: Any, labels: Labels, other: dict[str, Any]) -> tuple[str, float] | None:
+    """The unit, and times what it gives metres, in which ranges are where the task says and the wavelength too: the
+    curvature of a wave is that of their ratio alone."""
+    if list(other) != ["wavelength_m"]:
+        return None
+    ranges, limits = labels.range_m[labels.active], (task.range_min_m, task.range_max_m)
+    for name, factor in UNITS[1].items():
+        inside = [
+            (limits[0] / LIMIT <= scale * ranges) & (scale * ranges <= limits[1] * LIMIT) for scale in (1.0, factor)
+        ]
+        if abs(factor * other["wavelength_m"] / task.wavelength_m - 1) < CLOSE and bool(
+            inside[1].all() > inside[0].all()
+        ):
+            return name, factor
+    return None
 
 
 def _differs(value: Any, own: Any) -> bool:

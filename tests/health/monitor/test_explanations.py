@@ -12,6 +12,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.attach import attach_health
 from ris_fast.health.monitor.explanations import LIKELY, NOT_LOOKED_AT, ORDER, RULED_OUT, explanations
 from ris_fast.health.monitor.history import RunHistory
+from ris_fast.physics.baseline_names import CONSTANT_BASELINES
 from ris_fast.report.console import outcome_lines
 from ris_fast.training.trainer import Trainer
 from tests.health.monitor.test_rules import Recorder
@@ -50,10 +51,40 @@ def test_explanations_follow_the_measurements(stalled: RunHistory) -> None:
     for number, row in enumerate(long.epochs):
         row["val_nmse_raw"] = 0.97 - 0.1 * math.log2(number + 1)
     assert said(long)["the run is too short"] == LIKELY
+    for number, row in enumerate(long.epochs):  # below the constant answer all the while
+        row["val_nmse_raw"] = 0.5 - 0.1 * math.log2(number + 1)
+    (short,) = (each for each in explanations(long) if each.reason == "the run is too short")
+    assert (short.status, short.next) == (LIKELY, "training.epochs times 2") and "is reached" not in short.by
+    for row in long.epochs:
+        row["val_nmse_raw"] = 0.3
+    assert said(long)["the run is too short"] == RULED_OUT
     memorising.info = {**memorising.info, "fresh": False}
     for row in memorising.epochs:
         row["terms"]["cov_pred"]["raw"] = 0.1
     assert said(memorising)["too few scenes, which are memorised"] == LIKELY
+
+
+def test_nothing_better_is_possible_only_where_no_estimator_is_better(stalled: RunHistory) -> None:
+    near = deepcopy(stalled)
+    near.summary |= {"mmse_bound": 0.0146, "best_val_nmse": 0.0188}
+    assert said(near)["nothing better is possible"] == LIKELY
+    near.info = {**near.info, "baselines": {**near.info["baselines"], "pursuit": 0.0167}}
+    assert said(near)["nothing better is possible"] == RULED_OUT
+
+
+def test_noise_is_ruled_out_only_where_more_is_known_to_be_possible(stalled: RunHistory) -> None:
+    reason, run = "the noise is too strong", deepcopy(stalled)
+    constants = {name: run.info["baselines"][name] for name in CONSTANT_BASELINES if name in run.info["baselines"]}
+    for baselines, bound, status in (
+        ({"pursuit": 1.9}, None, LIKELY),
+        ({"pursuit": 0.3}, None, RULED_OUT),
+        ({"pursuit": 1.9}, 0.5, RULED_OUT),
+        ({}, 0.95, LIKELY),
+        ({}, None, NOT_LOOKED_AT),
+    ):
+        run.info = {**run.info, "baselines": {**constants, **baselines}, "training_baselines": {}}
+        run.summary |= {"mmse_bound": bound}
+        assert said(run)[reason] == status
 
 
 def test_explanations_do_not_repeat_a_finding(stalled: RunHistory) -> None:
