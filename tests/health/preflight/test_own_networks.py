@@ -199,6 +199,34 @@ def test_layers_name_queries_that_stay_equal() -> None:
         assert said(network.layers, trainer) == expected
 
 
+def alike(*layers: nn.Linear, spread: float) -> None:
+    """Units start with the same weights and with biases of this standard deviation."""
+    for layer in layers:
+        nn.init.constant_(layer.weight, 1 / WIDTH)
+        nn.init.normal_(layer.bias, std=spread)
+
+
+@pytest.mark.parametrize(
+    ("mix", "start", "expected"),
+    [
+        (lambda net, x: x * net.query[:, :1], lambda net: nn.init.ones_(net.query), []),  # a gain that starts at one
+        (lambda net, x: x + net.linear(x), lambda net: alike(net.linear, spread=0.1), []),  # one layer that averages
+        (
+            lambda net, x: net.deep[0](net.linear(x).relu()),
+            lambda net: alike(net.linear, net.deep[0], spread=0.0),
+            [True],
+        ),
+        (
+            lambda net, x: net.deep[0](net.linear(x).relu()),
+            lambda net: alike(net.linear, net.deep[0], spread=0.01),
+            [False],
+        ),
+    ],
+)
+def test_layers_name_units_that_stay_alike_and_no_gain_of_ones(mix: Mix, start: Any, expected: list[bool]) -> None:
+    assert said(network.layers, of(mix, start)) == [("symmetric_init", certain) for certain in expected]
+
+
 def test_every_tensor_names_a_branch_that_is_off() -> None:
     check = gradient.CHECKS["every tensor gets a gradient"]
     shut = of(lambda net, x: x + net.shut * torch.tanh(net.linear(x)))
