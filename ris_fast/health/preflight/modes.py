@@ -25,6 +25,7 @@ NOISE_SHARE = 0.7  # of the answers' variance that dropout may make
 MOSTLY = 0.7  # dropout, or the relative difference of two answers, that leaves next to nothing of a signal
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 SETTLING, SETTLING_SCENES = 40, 64  # batches, 0.9^40 = 1.5 % of the first statistics; scenes of each at most
+FOLLOW = 0.7  # of the first statistics at most that are left by then, where the rest of them can be taken out
 UNSETTLED = 0.5  # relative difference of the answers; a batch's own statistics make 0.03 to 0.2 with 16 to 64 scenes
 UNLIKE = 2.0  # times what dropout makes
 EXPLAINS = 0.3  # of the difference, that a module by itself makes
@@ -191,6 +192,7 @@ def _modes_apart(context: PreflightContext, noise: float) -> Iterator[Finding]:
         with torch.no_grad():
             context.step.predict(groups[number % len(groups)])
     running = any(not torch.equal(old, new) for old, new in zip(before, context.model.buffers()))
+    _forget_the_first(context.model, dict(zip(map(id, context.model.buffers()), before)))
     scenes = groups[0]
     settled = context.answer(scenes, 1)
     apart = relative_change(settled, _trained_again(context, scenes))
@@ -219,6 +221,22 @@ def _modes_apart(context: PreflightContext, noise: float) -> Iterator[Finding]:
         " with that branch switched off.",
         certain=False,
     )
+
+
+@torch.no_grad()
+def _forget_the_first(model: nn.Module, first: dict[int, Tensor]) -> None:
+    """Takes what is left of their first values out of the running statistics of torch's batch normalisation.
+
+    A first variance of one hides that of a small signal for longer than it takes the statistics to follow a large one.
+    Model: n batches leave running = r first + (1 - r) seen, r = (1 - momentum)^n. Args: first: by the buffer's id.
+    """
+    for module in model.modules():
+        if isinstance(module, BATCH_NORM) and module.running_mean is not None and module.momentum is not None:
+            left = (1.0 - module.momentum) ** int(module.num_batches_tracked - first[id(module.num_batches_tracked)])
+            if 0.0 < left < FOLLOW:
+                for running in (module.running_mean, module.running_var):
+                    running.sub_(left * first[id(running)]).div_(1.0 - left)
+                module.running_var.clamp_(min=0.0)
 
 
 def _switched(context: PreflightContext, scenes: Scenes, settled: Tensor) -> dict[str, float]:

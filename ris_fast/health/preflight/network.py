@@ -298,8 +298,8 @@ def _equal_units(context: PreflightContext) -> Iterator[Finding]:
     if twins := [name for name, weight, part in pairs if _stay_equal(weight, part)]:
         yield Finding(
             "symmetric_init",
-            f"rows of {listed(twins)} start equal and receive equal gradients, so that they stay equal: as many as there"
-            " are do the work of one.",
+            f"rows of {listed(twins)} start equal and receive equal gradients, so that they stay equal: as many as"
+            " there are do the work of one.",
             advice="Draw them at random, as torch.nn.init.normal_(x, std=0.02) does.",
             certain=any(name in layers and bool(live[name].any()) for name in twins),
         )
