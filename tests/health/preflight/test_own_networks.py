@@ -227,6 +227,46 @@ def test_layers_name_units_that_stay_alike_and_no_gain_of_ones(mix: Mix, start: 
     assert said(network.layers, of(mix, start)) == [("symmetric_init", certain) for certain in expected]
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return -slope
+
+
+def routed(net: Tokens, x: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each scene to one of four experts."""
+    x = x.mean(1)
+    logits = net.linear(x)[:, :4]
+    gates = choose(logits) if net.training else fn.one_hot(logits.argmax(1), 4).float()
+    return (gates[..., None] * torch.stack([expert(x) for expert in net.deep[:4]], 1)).sum(1)
+
+
+def straight(logits: Tensor) -> Tensor:
+    soft = logits.softmax(1)
+    return fn.one_hot(soft.max(1)[1], 4).float() - soft.detach() + soft
+
+
+@pytest.mark.parametrize(
+    ("choose", "expected"),
+    [
+        (lambda logits: fn.gumbel_softmax(logits, hard=True), []),
+        (lambda logits: fn.gumbel_softmax(logits, 2.0, True), []),
+        (straight, []),
+        (lambda logits: fn.gumbel_softmax(Reversed.apply(logits), hard=True), [("wrong_backward", True)]),
+    ],
+    ids=["gumbel", "warm", "by hand", "reversed"],
+)
+def test_experts_that_each_scene_is_routed_to_are_meant(choose: Any, expected: list) -> None:
+    trainer = of(lambda net, x: routed(net, x, choose))
+    assert said(gradient.right_derivative, trainer) == expected
+    assert said(unread.CHECKS["what the first layers make of scenes is read"], trainer) == []
+    assert said(scene_gradients.scenes_learned_from, trainer) == []
+
+
 def test_every_tensor_names_a_branch_that_is_off() -> None:
     check = gradient.CHECKS["every tensor gets a gradient"]
     shut = of(lambda net, x: x + net.shut * torch.tanh(net.linear(x)))
