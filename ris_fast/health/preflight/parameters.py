@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import permutations
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.own import OwnNetwork
 
+LEFTOVER = 0.01  # of the weights, which does not keep a network from learning
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
 
@@ -31,7 +33,22 @@ def frozen(context: PreflightContext) -> Iterator[Finding]:
             "frozen_parameters",
             f"{len(names)} of {len(context.parameters)} tensors ({share:.0%} of the weights) "
             f"do not require a gradient: {listed(names)}.",
+            certain=share > LEFTOVER and not _adapted(context, names),
         )
+
+
+def _adapted(context: PreflightContext, names: list[str]) -> bool:
+    """Whether beside each frozen matrix two trainable ones of a lower rank make one of its shape, as adapters do."""
+    matrices = [context.parameters[name].shape for name in names if context.parameters[name].dim() > 1]
+    pairs = list(permutations([p.shape for p in context.trainable.values() if p.dim() == 2], 2))
+    made = {
+        (rows, columns)
+        for one, other in pairs
+        for rows, rank in (one, one[::-1])
+        for inner, columns in (other, other[::-1])
+        if rank == inner and rank < min(rows, columns)
+    }
+    return bool(matrices) and all(tuple(shape) in made for shape in matrices)
 
 
 def membership(context: PreflightContext) -> Iterator[Finding]:

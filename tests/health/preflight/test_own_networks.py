@@ -267,6 +267,38 @@ def test_experts_that_each_scene_is_routed_to_are_meant(choose: Any, expected: l
     assert said(scene_gradients.scenes_learned_from, trainer) == []
 
 
+def to_places(net: Tokens, x: Tensor, part: slice) -> Tensor:
+    """One scene to the third layer, the others to the second, and none at all to the fourth."""
+    x = x.mean(1)
+    return torch.cat([layer(rows) for layer, rows in zip(net.deep[1:3], (x[1:], x[:1]), strict=True)])[part]
+
+
+@pytest.mark.parametrize(
+    ("mix", "named"),
+    [
+        (lambda net, x: to_places(net, x, slice(None)), []),  # as experts by the scene
+        (lambda net, x: net.deep[2](net.deep[1](x)), [("unused_head", False)]),  # a list of which a part is used
+        (lambda net, x: x + 0 * net.deep[0](x.detach()).detach(), [("unused_head", True)]),
+    ],
+    ids=["routed", "not called", "called"],
+)
+def test_every_tensor_tells_experts_without_a_scene_from_layers_that_nothing_uses(mix: Mix, named: list) -> None:
+    def start(net: Tokens) -> None:
+        net.deep, net.query, net.place = net.deep[:4], None, nn.Parameter(net.place.detach())
+        net.attention = net.recurrent = net.linear = None
+
+    assert said(gradient.CHECKS["every tensor gets a gradient"], of(mix, start)) == named
+
+
+def test_frozen_weights_beside_adapters_of_a_lower_rank_are_not_certain() -> None:
+    for ranks, certain in ((4, False), (0, True)):
+        trainer = of(lambda net, x: net.linear(x))
+        trainer.model.linear.requires_grad_(False)
+        if ranks:
+            trainer.model.down, trainer.model.up = nn.Linear(WIDTH, ranks), nn.Linear(ranks, WIDTH)
+        assert said(parameters.frozen, trainer) == [("frozen_parameters", certain)]
+
+
 def test_every_tensor_names_a_branch_that_is_off() -> None:
     check = gradient.CHECKS["every tensor gets a gradient"]
     shut = of(lambda net, x: x + net.shut * torch.tanh(net.linear(x)))
