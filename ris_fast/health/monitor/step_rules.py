@@ -269,9 +269,11 @@ def movement(run: RunHistory) -> Iterator[Finding]:
     ratio = reading.get("update_ratio")
     if ratio is None or not reading.get("attempted") or reading.get("skipped"):
         return
-    size = reading["weight_norm"] / math.sqrt(max(1, run.info.get("parameters") or 1))
-    grown = reading["weight_norm"] > GROWN * first.get("weight_norm", math.inf)
-    if grown or ratio > JUMP and size > NEXT_TO_ZERO:  # what starts at zero moves by all of itself
+    numbers = math.sqrt(max(1, run.info.get("parameters") or 1))
+    size, before = reading["weight_norm"] / numbers, first.get("weight_norm", math.inf) / numbers
+    # What starts next to zero moves by all of itself, and grows by any factor to the size that weights have.
+    usual = before if before > NEXT_TO_ZERO else USUAL
+    if size > GROWN * usual or ratio > JUMP and size > NEXT_TO_ZERO:
         yield run.finding(
             "learning_rate_too_large",
             f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "

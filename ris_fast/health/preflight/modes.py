@@ -18,6 +18,7 @@ from ris_fast.health.preflight.follow import parting
 from ris_fast.health.preflight.measures import CLOSE, SAME, listed, relative_change
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.modes import eval_mode
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
@@ -69,7 +70,11 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
         ],
         default=0.0,
     )
-    if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= MOSTLY:
+    loud = noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2
+    if loud:  # a phase that is drawn anew changes factors, and no covariance
+        noise_of_r, spread_of_r = _in_covariances(*answers)
+        loud = noise_of_r**2 / 2 > NOISE_SHARE * max(spread_of_r, 1e-12) ** 2
+    if loud or dropped >= MOSTLY:
         yield Finding(
             "heavy_dropout",
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
@@ -79,6 +84,24 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
     elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode and not evaluation:
         if not _rounded_in_evaluation(context, scenes, relative_change(first, answers[0])):
             yield from _modes_apart(context, noise)
+
+
+def _in_covariances(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """How far the covariances F F^H of two answers (B, N, Q, 2) are apart, and those of different scenes, relative to
+    their size.
+
+    Model: |F F^H - G G^H|^2 = |F^H F|^2 + |G^H G|^2 - 2 |F^H G|^2, without a matrix of N x N.
+    """
+    f, g = to_complex(one.double()), to_complex(other.double())
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a.mH @ b).abs().square().sum((-2, -1))
+
+    own = product(f, f)
+    apart = (own + product(g, g) - 2 * product(f, g)).clamp_min(0.0).sum()
+    mean = product(f[:, None], f[None]).mean()
+    spread = (own.sum() - len(f) * mean).clamp_min(0.0) * len(f) / max(1, len(f) - 1)
+    return tuple(float((each / own.sum().clamp_min(1e-60)).sqrt()) for each in (apart, spread))
 
 
 def _rounded_in_evaluation(context: PreflightContext, scenes: Scenes, apart: float) -> bool:

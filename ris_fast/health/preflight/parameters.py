@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 
 import torch
@@ -175,23 +175,33 @@ def eager_leaves(context: PreflightContext) -> dict[int, torch.Tensor]:
 def changed_by_a_pass(context: PreflightContext) -> list[str]:
     """Trainable tensors whose numbers a training pass changes."""
     if "changed by a pass" not in context.known:
-        live, generator = context.trainable, torch.Generator().manual_seed(73)
-        ways = [
-            0.1 * (rms(each) or 0.1) * torch.randn(each.shape, generator=generator).to(each) for each in live.values()
-        ]  # what an earlier pass has bounded would be left as it is
-        context.model.train()
-        with context.moved(list(live.values()), ways, 1.0):
-            kept = {name: value.detach().clone() for name, value in live.items()}
-            context.run()
-            context.known["changed by a pass"] = [
-                name for name, value in live.items() if not torch.allclose(value, kept[name], 0.0, 0.0, equal_nan=True)
-            ]
+        context.known["changed by a pass"] = _changed(context, context.run)
     return context.known["changed by a pass"]
+
+
+def _changed(context: PreflightContext, run: Callable[[], object]) -> list[str]:
+    """Trainable tensors, all moved a little, whose numbers `run` changes: what an earlier pass has bounded would be
+    left as it is."""
+    live, generator = context.trainable, torch.Generator().manual_seed(73)
+    ways = [0.1 * (rms(each) or 0.1) * torch.randn(each.shape, generator=generator).to(each) for each in live.values()]
+    context.model.train()
+    with context.moved(list(live.values()), ways, 1.0):
+        kept = {name: value.detach().clone() for name, value in live.items()}
+        run()
+        return [name for name, value in live.items() if not torch.allclose(value, kept[name], 0.0, 0.0, equal_nan=True)]
 
 
 def left_alone(context: PreflightContext) -> Iterator[Finding]:
     """A forward pass reads the weights and does not change them."""
-    if names := changed_by_a_pass(context):
+    names = changed_by_a_pass(context)
+
+    def pass_on() -> None:
+        context.loss(context.step.predict(context.scenes), context.scenes)
+
+    # A first pass may set weights by its scenes, and buffers, left as they are behind it, say that it has.
+    if names:
+        pass_on()
+    if names and _changed(context, pass_on):
         yield Finding(
             "weights_changed_outside",
             f"a forward pass of network and loss changes {len(names)} of {len(context.trainable)} trainable tensors:"

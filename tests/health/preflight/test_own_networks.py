@@ -267,6 +267,29 @@ def test_experts_that_each_scene_is_routed_to_are_meant(choose: Any, expected: l
     assert said(scene_gradients.scenes_learned_from, trainer) == []
 
 
+class SetByScenes(nn.Module):
+    """A scale that the first pass in training sets by its scenes, or every pass."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.once, self.scale = once, nn.Parameter(torch.ones(WIDTH))
+        self.register_buffer("done", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not (self.once and self.done):
+            with torch.no_grad():
+                self.scale.copy_(1 / (0.1 + x.flatten(0, 1).std(0)))
+                self.done.fill_(True)
+        return self.scale * x
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_weights_may_be_set_by_the_scenes_of_the_first_pass(once: bool) -> None:
+    trainer = of(lambda net, x: net.norm(net.linear(x)), lambda net: setattr(net, "norm", SetByScenes(once)))
+    assert said(parameters.left_alone, trainer) == [("weights_changed_outside", False)] * (not once)
+    assert said(one_step, trainer) == []
+
+
 def to_places(net: Tokens, x: Tensor, part: slice) -> Tensor:
     """One scene to the third layer, the others to the second, and none at all to the fourth."""
     x = x.mean(1)
