@@ -81,9 +81,28 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
             f"{f'; dropout {dropped:g}' if dropped else ''}.",
             certain=dropped >= MOSTLY,  # answers of an untrained network may be much alike, and small beside the noise
         )
+    elif _reseeds(context, scenes):
+        yield Finding(
+            "losses_differ",
+            "behind a pass in training mode torch's random numbers go on from the same place, whatever they were before"
+            " it: something in forward sets the seed. Every pass then draws the same dropout masks and noise, and what"
+            " else draws, as the order of scenes may, repeats itself.",
+            advice="Take torch.manual_seed out of forward: set it once, before training. Numbers that are to stay the"
+            " same belong into a buffer, drawn in __init__, or come from a torch.Generator of their own.",
+            certain=False,
+        )
     elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode and not evaluation:
         if not _rounded_in_evaluation(context, scenes, relative_change(first, answers[0])):
             yield from _modes_apart(context, noise)
+
+
+def _reseeds(context: PreflightContext, scenes: Scenes) -> bool:
+    """Whether a pass in training mode leaves torch's generator at one place, wherever it was."""
+    places = []
+    for seed in (1, 2):
+        _training_answer(context, scenes, seed)
+        places.append(torch.get_rng_state())
+    return torch.equal(*places)
 
 
 def _in_covariances(one: Tensor, other: Tensor) -> tuple[float, float]:
