@@ -422,23 +422,29 @@ def hidden_change(scenes: Scenes) -> Scenes | None:
 
 
 def _pairing(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
-    """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T
-    y."""
-    turn = expi(torch.linspace(0.3, 2.8, scenes.batch)).to(scenes.snapshots)[:, None, None]
+    """What a first layer makes of snapshots and channel together is H^H y, which a phase of an antenna leaves alone,
+    and not H^T y."""
+    generator = torch.Generator().manual_seed(59)
+    phases = 6.2832 * torch.rand(scenes.batch, scenes.channel.shape[1], generator=generator)
+    turn = expi(phases).to(scenes.snapshots)
     back = turn * torch.tensor((1.0, -1.0)).to(turn)
-    seen = boundary(context, scenes)
-    right = boundary(
-        context, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn))
-    )
-    wrong = boundary(
-        context, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back))
+    seen, channel = boundary(context, scenes), multiply(scenes.channel, turn[:, :, None])
+    right, wrong = (
+        boundary(
+            context,
+            replace(
+                scenes, channel=channel, snapshots=multiply(scenes.snapshots, way[:, None]), effective_channel=None
+            ),
+        )
+        for way in (turn, back)
     )
     for name, value in seen.items():
         if _usual_change(value, wrong[name]) < CLOSE < 0.05 < _usual_change(value, right[name]):
             yield Finding(
                 "conjugation_error",
-                f"the input of {name} does not change when channel and snapshots turn in opposite "
-                "directions, and does when they turn together: it is made of H^T y where H^H y belongs.",
+                f"the input of {name} does not change when channel and snapshots turn in opposite directions, each"
+                " antenna by a phase of its own, and does when they turn together: it is made of H^T y where H^H y"
+                " belongs.",
             )
             return
 

@@ -12,7 +12,17 @@ from torch.nn import functional as fn
 
 from bench.faults.patches import before_step, gradients, wrap
 from ris_fast.config.schema import Task
-from ris_fast.health.preflight import calls, gradient, inside, network, parameters, scene_gradients, schedule, unread
+from ris_fast.health.preflight import (
+    calls,
+    gradient,
+    inputs,
+    inside,
+    network,
+    parameters,
+    scene_gradients,
+    schedule,
+    unread,
+)
 from ris_fast.health.preflight.inside import moves_an_axis
 from ris_fast.health.preflight.one_step import one_step
 from ris_fast.health.preflight.preference import own_term
@@ -20,6 +30,7 @@ from ris_fast.health.preflight.several_steps import several_steps
 from ris_fast.health.preflight.terms import each_term
 from ris_fast.models.prediction import Prediction
 from ris_fast.models.starting_point import BeamNet, fourier
+from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import small
@@ -265,6 +276,17 @@ def test_experts_that_each_scene_is_routed_to_are_meant(choose: Any, expected: l
     assert said(gradient.right_derivative, trainer) == expected
     assert said(unread.CHECKS["what the first layers make of scenes is read"], trainer) == []
     assert said(scene_gradients.scenes_learned_from, trainer) == []
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1])
+def test_inputs_name_a_conjugate_that_powers_of_beams_hide(wrong: int | None) -> None:
+    config = small("backprojection")
+    torch.manual_seed(0)
+    model = BeamNet(config.task, WIDTH, 1)
+    features = model.features
+    model.features = lambda *given: features(*(conj(x) if at == wrong else x for at, x in enumerate(given)))
+    expected = [] if wrong is None else [("conjugation_error", True)]
+    assert said(inputs.information, Trainer(config, model=model)) == expected
 
 
 class SetByScenes(nn.Module):
