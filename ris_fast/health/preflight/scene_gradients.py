@@ -64,6 +64,8 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if (finding := _without_count(context, prediction, scenes, terms)) is not None:
         yield finding
         return
+    if not layers:
+        return
     partly = _lost_inside(layers, derivatives(total, list(layers.values()), retain_graph=True))
     lost = {name: rows for name, rows in partly.items() if _most(rows)}
     if lost and not _parts_for_some(partly, lost):
