@@ -23,6 +23,7 @@ from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
 NOISE_SHARE = 0.7  # of the answers' variance that dropout may make
+OF_COVARIANCES = 0.6  # of that of their covariances
 MOSTLY = 0.7  # dropout, or the relative difference of two answers, that leaves next to nothing of a signal
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 SETTLING, SETTLING_SCENES = 40, 64  # batches, 0.9^40 = 1.5 % of the first statistics; scenes of each at most
@@ -73,7 +74,7 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
     loud = noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2
     if loud:  # a phase that is drawn anew changes factors, and no covariance
         noise_of_r, spread_of_r = _in_covariances(*answers)
-        loud = noise_of_r**2 / 2 > NOISE_SHARE * max(spread_of_r, 1e-12) ** 2
+        loud = noise_of_r**2 / 2 > OF_COVARIANCES * max(spread_of_r, 1e-12) ** 2
     if loud or dropped >= MOSTLY:
         yield Finding(
             "heavy_dropout",

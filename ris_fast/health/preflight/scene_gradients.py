@@ -68,12 +68,11 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
         return
     partly = _lost_inside(layers, derivatives(total, list(layers.values()), retain_graph=True))
     lost = {name: rows for name, rows in partly.items() if _most(rows)}
-    if lost and not _parts_for_some(partly, lost):
-        total, _, _, layers = _forward(context, scenes, 2)
-        again = _lost_inside(layers, derivatives(total, list(layers.values())))
-        lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
-    else:
+    if not lost or _parts_for_some(partly, lost):
         return
+    total, _, _, layers = _forward(context, scenes, 2)
+    again = _lost_inside(layers, derivatives(total, list(layers.values())))
+    lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
     if lost and (flat := flattened_at(_forward(context, scenes, 1)[0])):
         yield Finding(
             "saturated_output",
