@@ -16,6 +16,7 @@ MORE_THAN_DRAWN, NEARLY_ALL = 0.7, 0.9  # of a step's scenes: 1 - 1/e come again
 ENOUGH_SCENES = 8  # of one step, or of several together, of which more than half were served before
 JUMP, STILL = 0.5, 1e-8  # of a weight in one step
 GROWN, SHRUNK = 10.0, 0.2  # of the first weights' norm
+NEXT_TO_ZERO = 0.01  # rms of all weights
 USUAL = 0.2  # rms of a weight; first weights have a tenth of that
 
 
@@ -268,8 +269,11 @@ def movement(run: RunHistory) -> Iterator[Finding]:
     ratio = reading.get("update_ratio")
     if ratio is None or not reading.get("attempted") or reading.get("skipped"):
         return
-    if ratio > JUMP or reading["weight_norm"] > GROWN * first.get("weight_norm", math.inf):
-        size = reading["weight_norm"] / math.sqrt(max(1, run.info.get("parameters") or 1))
+    numbers = math.sqrt(max(1, run.info.get("parameters") or 1))
+    size, before = reading["weight_norm"] / numbers, first.get("weight_norm", math.inf) / numbers
+    # What starts next to zero moves by all of itself, and grows by any factor to the size that weights have.
+    usual = before if before > NEXT_TO_ZERO else USUAL
+    if size > GROWN * usual or ratio > JUMP and size > NEXT_TO_ZERO:
         yield run.finding(
             "learning_rate_too_large",
             f"the median tensor moves by {ratio:.0%} of itself in one step; the weights' norm "

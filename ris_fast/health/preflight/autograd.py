@@ -18,6 +18,8 @@ import ris_fast.kernels
 
 ZERO_DERIVATIVE = ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside")
 DISCRETE = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "argmin", "argmax", "bernoulli")
+CHOICES = ("gt", "ge", "lt", "le", "max", "min", "topk", "sort", "one_hot", "multinomial")  # of what has a gradient
+SAMPLE = "gumbel_softmax"  # of torch: straight through where it is hard, in a function that no mode looks into
 NUMBERS = ("item", "tolist", "__float__")
 OWN_OPERATORS = "ris_fast.kernels"
 HERE = str(Path(__file__).parent)
@@ -123,8 +125,10 @@ class Exits(TorchFunctionMode):
             self.detached.append(f"{name} at {location()}")
             self.stopping.add(_function())
             self.rounds |= bool(graph_of(args[0]).named(*ZERO_DERIVATIVE))
-        elif name.rstrip("_") in DISCRETE:
+        elif name.rstrip("_") in DISCRETE or tracked and name.strip("_") in CHOICES:
             self.discrete.add(_function())
+        elif name == SAMPLE:
+            self.rounds |= _is_hard(args, kwargs)
         if tracked and not torch.is_grad_enabled():
             self.stopping.add(_function())
         elif name in ("tensor", "as_tensor", "from_numpy"):
@@ -152,11 +156,23 @@ class StoppedValues(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(function, "__name__", str(function))
-        if not _leaves(function, name, args) or name.endswith("_") and not name.endswith("__") or name == "__setitem__":
+        if (
+            name != SAMPLE
+            and not _leaves(function, name, args)
+            or name.endswith("_")
+            and not name.endswith("__")
+            or name == "__setitem__"
+        ):
             return function(*args, **(kwargs or {}))  # in place: on values that are held already
         location = (name, *_frame())
         call, held = self.calls[location], self.values.get(location, [])
         self.calls[location] += 1
+        if name == SAMPLE:  # what is stopped is its hard answer less its soft one
+            soft = _softly(function, args, kwargs or {})
+            if self.recording or call >= len(held):
+                held = [*held, (function(*args, **(kwargs or {})) - soft).detach()]
+                self.values[location] = held
+            return soft + held[call]
         if not self.recording and call < len(held):
             return tree_map_only(Tensor, torch.clone, held[call])
         result = function(*args, **(kwargs or {}))
@@ -171,6 +187,17 @@ def _leaves(function: Any, name: str, args: tuple) -> bool:
         return not _in_own_forward()
     tracked = any(isinstance(each, Tensor) and each.requires_grad for each in args)
     return tracked and (name in ("detach", *NUMBERS) or name == "__get__" and _is_data(function))
+
+
+def _is_hard(args: tuple, kwargs: dict | None) -> bool:
+    return bool((kwargs or {}).get("hard", args[2] if len(args) > 2 else False))
+
+
+def _softly(function: Any, args: tuple, kwargs: dict) -> Tensor:
+    """The same sample of torch's gumbel_softmax without the choice; the generators are left where they were."""
+    logits = args[0] if args else kwargs["logits"]
+    with torch.random.fork_rng([logits.device] if logits.is_cuda else []):
+        return function(*args[:2], **{**kwargs, "hard": False})
 
 
 def _in_own_forward() -> bool:

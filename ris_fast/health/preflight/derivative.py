@@ -65,7 +65,9 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
             return
         with Exits() as exits:
             graph = graph_of(context.run()[0])
-        if stale := unfollowed(context):
+        held = parts(context, StoppedValues())
+        stopped = all(pooled([held[name]]) <= DISAGREES for name in errors)
+        if not (stopped and exits.straight_through) and (stale := unfollowed(context)):
             yield Finding(
                 "stale_compiled_graph",
                 f"{len(stale)} tensors receive a gradient, and the network's outputs stay as they are when these are"
@@ -81,13 +83,12 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
         if (scaled := scales.of_parts(context, list(errors))) is not None:
             yield scaled
             return
-        held = parts(context, StoppedValues())
     worst = max(errors, key=errors.__getitem__)
     seen = (
         f"the gradient of {len(errors)} parts of the network is not the derivative of the loss, most in '{worst}' "
         f"(relative error {errors[worst]:.2g})"
     )
-    if all(pooled([held[name]]) <= DISAGREES for name in errors):
+    if stopped:
         left_out = any(True for _ in scene_gradients.scenes_learned_from(context))  # a row may be what is stopped
         if exits.straight_through:
             context.note = f"gradients pass a rounding straight through{via(exits.detached)}"

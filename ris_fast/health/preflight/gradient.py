@@ -6,6 +6,7 @@ Legend: B batch, N RIS elements, Q factor columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from re import sub
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from ris_fast.health.preflight.projected import NOISE
 from ris_fast.health.preflight.staircase import JUMPS, at_an_end, in_jumps
 from ris_fast.health.preflight.terms import direction_of, moved
 from ris_fast.health.preflight.truth import COVARIANCE, term_values
+from ris_fast.physics.scenes import Scenes
 
 BOUNDED = ("Clamp", "Hardtanh", "Hardsigmoid", "Hardswish")
 UNDERFLOW = 2.0**20
+LEFTOVER = 0.01  # of the weights, which does not keep a network from learning
 OTHERS = 8  # draws of random numbers, each with other scenes
 
 
@@ -141,14 +144,19 @@ def every_tensor(context: PreflightContext) -> Iterator[Finding]:
 def _always_silent(context: PreflightContext, names: list[str]) -> list[str]:
     """Of some tensors, those that other random numbers and other scenes give no gradient either: a layer may be left
     out by chance, or be for some scenes only."""
-    batches = [scenes[:SMALL] for group in context.groups for scenes in group]
-    for number in range(1, OTHERS + 1):
+    for number, scenes in enumerate(_batches(context), 1):
         if not names:
             break
-        total = context.run(batches[number % len(batches)], seed=number)[0]
+        total = context.run(scenes, seed=number)[0]
         parts = derivatives(total, [context.parameters[name] for name in names]) if total.requires_grad else ()
         names = [name for name, part in zip(names, parts) if part is None or not bool(part.any())] if parts else names
     return names
+
+
+def _batches(context: PreflightContext) -> list[Scenes]:
+    """A few small batches of different scenes, again from the first where there are too few."""
+    batches = [scenes[:SMALL] for group in context.groups for scenes in group]
+    return [batches[number % len(batches)] for number in range(1, OTHERS + 1)]
 
 
 def _source(context: PreflightContext, total: Tensor, terms: dict[str, Tensor]) -> str:
@@ -210,14 +218,41 @@ def _silent(
             " dropout of everything.",
             certain=False,
         )
-    if unused:
+    called = _rows_of_calls(context) if unused else {}
+    if unused := [name for name in unused if not _waits_for_scenes(name.rpartition(".")[0], called)]:
         share = sum(context.parameters[name].numel() for name in unused) / sum(
             p.numel() for p in context.parameters.values()
         )
+        made = [name for name in unused if name.rpartition(".")[0] in called]
         yield Finding(
             "unused_head",
-            f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: {listed(unused)}.",
+            f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: {listed(unused)}."
+            f"{'' if made else ' No forward pass calls what they belong to.'}",
+            certain=share > LEFTOVER and bool(made),  # a run learns beside what nothing calls
         )
+
+
+def _rows_of_calls(context: PreflightContext) -> dict[str, list[float]]:
+    """Of every module with parameters that a few passes call: the rows that it is given in each, as a share of the
+    batch; nothing for a pass that does not call it."""
+    found: dict[str, list[float]] = {}
+    for seed, scenes in enumerate(_batches(context)):
+
+        def keep(name: str, module: nn.Module, inputs: tuple, output: object, batch: int = scenes.batch) -> None:
+            first = next((each for each in inputs if isinstance(each, Tensor) and each.dim()), None)
+            found.setdefault(name, []).append(1.0 if first is None else len(first) / batch)
+
+        with layer_calls(context.model, keep):
+            context.predict(scenes, seed)
+    return found
+
+
+def _waits_for_scenes(module: str, called: dict[str, list[float]]) -> bool:
+    """Whether no pass calls a module, and some give only a part of their scenes to one that differs in a number of its
+    name: an expert to which no scene was routed."""
+    kind = sub(r"\d+", "#", module)
+    like = [rows for name, rows in called.items() if sub(r"\d+", "#", name) == kind]
+    return module not in called and any(min(rows) < 1 or len(rows) < OTHERS for rows in like)
 
 
 def _in_no_output(context: PreflightContext, names: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ Legend: B batch, L snapshots, M base-station antennas, N RIS elements, Q factor 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,11 +25,14 @@ FAINT, SLOW, MOSTLY = 1e-6, 1e-4, 0.5  # of the largest input, twice; share of t
 MANY_SCENES, MANY_NUMBERS, FEW_LEVELS = 8, 8, 3  # of an input that is looked at for its values; of one that has few
 CUT_OFF = 0.3  # share of the numbers that are one and the same
 LOUD_DB = 20.0
+SETTLED = 0.05  # relative change of what no longer grows
 LOUDER = 2.0**13  # a power of two, by which numbers change exactly: no rounding enters the comparison
 DIFFERENT = 1e-2  # relative, between the rows of an input: more than what a sum may hide
 UNITS = (128.0, 8.0)  # of every second scene, and of the others
 TOO_LARGE, OUTWEIGHS = 100.0, 300.0  # rms of one number of an input; times the median one
 FEW = 4  # scenes that are enough where an answer is asked for often
+ABOUT = 10.0  # times more or less
+FAR = 100.0  # times more or less than one, of numbers that a layer is given in the unit that they have
 OTHER_UNIT = 0.01  # change of the median scene's factors; where every input is normalised it is exactly zero
 
 
@@ -131,20 +135,25 @@ def _rows_alike(values: Tensor) -> bool:
 
 
 def scale(context: PreflightContext) -> Iterator[Finding]:
-    """First layers see numbers of order one, and the units of snapshots and channel do not matter."""
+    """First layers that do not normalise what they are given see numbers of order one."""
     scenes = context.scenes
     base, seen = context.answer(scenes), boundary(context, scenes)
     sizes = {name: rms(value) for name, value in seen.items()}
-    tiny = {name: size for name, size in sizes.items() if 0 < size < SMALL_RMS}
-    larger = (
-        boundary(context, replace(scenes, snapshots=LOUDER * scenes.snapshots)) if bool(base.isfinite().all()) else {}
-    )
-    if larger and any(_swallowed(seen[name], larger.get(name)) for name in seen):
-        name = next(name for name in seen if _swallowed(seen[name], larger.get(name)))
+    tiny = {
+        name: size
+        for name, size in sizes.items()
+        if 0 < size < SMALL_RMS and not _normalises(context, scenes, name, size)
+    }
+    louder = [
+        boundary(context, replace(scenes, snapshots=unit * scenes.snapshots)) if bool(base.isfinite().all()) else {}
+        for unit in (LOUDER**2, LOUDER**3)
+    ]
+    if name := next((name for name, now in seen.items() if _swallowed(now, *(each.get(name) for each in louder))), ""):
         yield Finding(
             "epsilon_swallows_signal",
-            f"the input of {name} has rms {sizes[name]:.2g}, and {rms(larger[name]):.2g} for snapshots {LOUDER:g}"
-            " times larger: a constant in the normalisation is larger than the signal.",
+            f"the input of {name} has rms {sizes[name]:.2g}, {rms(louder[0][name]):.2g} for snapshots"
+            f" {LOUDER**2:.2g} times larger, and no more for still larger ones: a constant in the normalisation is"
+            " larger than the signal.",
         )
         return
     if tiny:  # a network may weigh its inputs by the SNR; that has nothing to do with units
@@ -153,12 +162,15 @@ def scale(context: PreflightContext) -> Iterator[Finding]:
     if tiny:
         name = min(tiny, key=tiny.__getitem__)
         yield Finding(
-            "input_scale", f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one."
+            "input_scale",
+            f"the input of {name} has rms {tiny[name]:.2g}; layers expect numbers of order one.",
+            certain=len(tiny) == len(sizes),  # else there are others to learn from
         )
         return
     for name, value in seen.items():
         each = value.square().mean(1).sqrt()
-        if sizes[name] > LARGE or float(each.max()) > 1e3 * float(each.median().clamp_min(1e-30)):
+        uneven = float(each.max()) > 1e3 * float(each.median().clamp_min(1e-30))
+        if uneven or sizes[name] > LARGE and not _normalises(context, scenes, name, sizes[name]):
             yield Finding(
                 "input_scale",
                 f"the input of {name} has rms {sizes[name]:.2g}, from {float(each.min()):.2g} to "
@@ -238,27 +250,58 @@ def _coarse(name: str, value: Tensor) -> str:
     return ""
 
 
-def _units(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
-    """In y = H (c o x) + n the units of y and of H, scene by scene, change the unit of x alone, which no covariance
-    shows.
+def _normalises(context: PreflightContext, scenes: Scenes, name: str, size: float) -> bool:
+    """Whether a layer tells scenes apart about as loudly as with inputs of rms one, in training. Args: size: their rms
+    as they are."""
+    spread: list[float] = []
 
-    A power of two changes every float exactly. Another factor would round, and at high SNR a pursuit makes much of
-    that.
+    def ask(module: nn.Module, inputs: tuple, named: dict, output: object) -> None:
+        place = next((number for number, each in enumerate(inputs) if isinstance(each, Tensor)), None)
+        if spread or place is None:
+            return
+        for unit in (1.0, 2.0 ** -round(math.log2(size))):
+            torch.manual_seed(0)
+            made = module.forward(*inputs[:place], unit * inputs[place], *inputs[place + 1 :], **named)
+            made = made[0] if isinstance(made, tuple) else made
+            spread.append(rms(made - made.mean(0)) if isinstance(made, Tensor) and not made.is_complex() else math.nan)
+
+    handle = dict(context.model.named_modules())[name].register_forward_hook(ask, with_kwargs=True)
+    try:
+        with context.as_written(), torch.no_grad():
+            context.predict(scenes)
+            context.rewind()
+    finally:
+        handle.remove()
+    return len(spread) == 2 and 1 / ABOUT < spread[0] / max(spread[1], 1e-30) < ABOUT
+
+
+def _units(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
+    """Where the units of y and of H matter to the answers, numbers far from one that follow these reach no layer.
+
+    In y = H (c o x) + n they change, scene by scene, the unit of x alone, which no covariance shows. A power of two
+    changes every float exactly. Another factor would round, and at high SNR a pursuit makes much of that.
     """
     units = torch.tensor(UNITS).repeat(scenes.batch)[: scenes.batch].to(scenes.snapshots).view(-1, 1, 1, 1)
-    base = directions(context.answer(scenes))
+    base, seen = directions(context.answer(scenes)), boundary(context, scenes)
     for what, other in (
         ("snapshots", replace(scenes, snapshots=units * scenes.snapshots)),
         ("channel", _channel_times(scenes, units)),
     ):
         gap = float((directions(context.answer(other)) - base).flatten(1).norm(dim=1).median())
-        if gap > OTHER_UNIT:
-            yield Finding(
-                "input_scale",
-                f"{what} in other units ({UNITS[0]:g} and {UNITS[1]:g} times larger) change the factors by "
-                f"{gap:.2g}: nothing normalises them scene by scene.",
-            )
-            return
+        if not gap > OTHER_UNIT:
+            continue
+        for name, value in boundary(context, other).items():
+            size = rms(seen[name])
+            far = not 1 / FAR < size < FAR and relative_change(seen[name], value) > OTHER_UNIT
+            if far and not _normalises(context, scenes, name, size):
+                yield Finding(
+                    "input_scale",
+                    f"the input of {name} has rms {size:.2g} and follows the unit of the {what}: nothing normalises"
+                    f" it, scene by scene or by a constant of the data, and the factors change by {gap:.2g} with"
+                    " another unit.",
+                    certain=False,
+                )
+                return
 
 
 def directions(factor: Tensor) -> Tensor:
@@ -272,12 +315,16 @@ def _channel_times(scenes: Scenes, units: Tensor) -> Scenes:
     return replace(scenes, **{"effective_channel": None, name: units * getattr(scenes, name)})
 
 
-def _swallowed(now: Tensor, larger: Tensor | None) -> bool:
-    """Small now and of order one when the scene is louder: neither normalised nor left alone."""
-    if larger is None or not bool(now.any()):
+def _swallowed(now: Tensor, larger: Tensor | None, largest: Tensor | None) -> bool:
+    """Small now, larger in the same direction when the scene is louder, and as large when it is louder still.
+
+    That is what a size and a constant divide. What is left alone grows on, as a logarithm does, and what is clamped
+    ends in another direction.
+    """
+    if larger is None or largest is None or not rms(larger) > 3 * rms(now) > 0:
         return False
-    a, b = rms(now), rms(larger)
-    return b > 3 * a and b < 3e3 * a
+    rows, loud = (each / each.norm(dim=1, keepdim=True).clamp_min(1e-30) for each in (now, largest))
+    return max(relative_change(largest, larger), relative_change(loud, rows)) < SETTLED
 
 
 # ---- can it carry the answer?
@@ -375,23 +422,29 @@ def hidden_change(scenes: Scenes) -> Scenes | None:
 
 
 def _pairing(context: PreflightContext, scenes: Scenes) -> Iterator[Finding]:
-    """What a first layer makes of snapshots and channel together is H^H y, which a common phase leaves alone, not H^T
-    y."""
-    turn = expi(torch.linspace(0.3, 2.8, scenes.batch)).to(scenes.snapshots)[:, None, None]
+    """What a first layer makes of snapshots and channel together is H^H y, which a phase of an antenna leaves alone,
+    and not H^T y."""
+    generator = torch.Generator().manual_seed(59)
+    phases = 6.2832 * torch.rand(scenes.batch, scenes.channel.shape[1], generator=generator)
+    turn = expi(phases).to(scenes.snapshots)
     back = turn * torch.tensor((1.0, -1.0)).to(turn)
-    seen = boundary(context, scenes)
-    right = boundary(
-        context, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, turn))
-    )
-    wrong = boundary(
-        context, replace(scenes, channel=multiply(scenes.channel, turn), snapshots=multiply(scenes.snapshots, back))
+    seen, channel = boundary(context, scenes), multiply(scenes.channel, turn[:, :, None])
+    right, wrong = (
+        boundary(
+            context,
+            replace(
+                scenes, channel=channel, snapshots=multiply(scenes.snapshots, way[:, None]), effective_channel=None
+            ),
+        )
+        for way in (turn, back)
     )
     for name, value in seen.items():
         if _usual_change(value, wrong[name]) < CLOSE < 0.05 < _usual_change(value, right[name]):
             yield Finding(
                 "conjugation_error",
-                f"the input of {name} does not change when channel and snapshots turn in opposite "
-                "directions, and does when they turn together: it is made of H^T y where H^H y belongs.",
+                f"the input of {name} does not change when channel and snapshots turn in opposite directions, each"
+                " antenna by a phase of its own, and does when they turn together: it is made of H^T y where H^H y"
+                " belongs.",
             )
             return
 

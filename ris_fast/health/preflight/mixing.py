@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.follow import parting
-from ris_fast.health.preflight.measures import CLOSE, listed, relative_change
+from ris_fast.health.preflight.measures import CLOSE, SAME, listed, relative_change
 from ris_fast.health.preflight.modes import BATCH_NORM
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.scenes import all_scenes
@@ -28,13 +28,15 @@ def mixed(context: PreflightContext) -> Iterator[Finding]:
     answer = context.answer(scenes)
     halves = (slice(0, half), slice(half, scenes.batch))
     change = max(relative_change(answer[part], context.answer(scenes[part])) for part in halves)
+    pair = _beside_others(context, scenes, half)
+    if change > allowed and relative_change(answer, context.answer(scenes, 1)) > SAME:
+        # Random numbers are at work, and another shape draws others.
+        change = 0.0 if pair is None else relative_change(*(context.answer(each)[:half] for each in pair))
     if change > allowed and relative_change(answer, context.answer(scenes)) > 0.1 * change:
         return  # answers change from call to call, whatever scenes are there
     if change > allowed:
         yield from _in_evaluation(context, scenes, change, allowed)
-        return
-    pair = _beside_others(context, scenes, half)
-    if pair is not None:
+    elif pair is not None:
         yield from _in_training(context, *pair, half, allowed)
 
 
@@ -48,6 +50,9 @@ def _in_evaluation(context: PreflightContext, scenes: Scenes, change: float, all
         whole = _trained(context, scenes)
         quiet = max(relative_change(whole[part], _trained(context, scenes[part])) for part in halves)
     if quiet <= allowed:
+        return
+    if (reason := _kept(context, scenes, allowed) or _of_the_first(context, scenes, allowed)) is not None:
+        yield reason
         return
     without = [
         name
@@ -63,6 +68,48 @@ def _in_evaluation(context: PreflightContext, scenes: Scenes, change: float, all
         f"{_beginning(where)}"
         f"{f'; {listed(without)} keeps no running statistics and uses those of the batch' if without else ''}.",
         certain=where not in without,
+    )
+
+
+def _kept(context: PreflightContext, scenes: Scenes, allowed: float) -> Finding | None:
+    """Something made of the scenes of one call that answers the next: it is made anew where the batch has another
+    size."""
+    answers = []
+    for before in (scenes[torch.arange(scenes.batch).roll(1)], scenes[: scenes.batch - 1]):
+        context.answer(scenes[:2])
+        context.answer(before)
+        answers.append(context.answer(scenes))
+    change = relative_change(*answers)
+    if not change > allowed:
+        return None
+    return Finding(
+        "stale_cache",
+        f"the answers to {scenes.batch} scenes change by {change:.2g} with the call before: behind one with as many"
+        " other scenes they are another's than behind one of another size. Something that is made of one batch is kept"
+        " and used for the next.",
+        advice="Look in forward for what is made once and kept, as `if self.cache is None or self.cache.shape !="
+        " x.shape`: make it anew in every call, or keep it by the scenes it belongs to.",
+    )
+
+
+def _of_the_first(context: PreflightContext, scenes: Scenes, allowed: float) -> Finding | None:
+    """All answers change with the first scene of the batch, and with no other one but their own."""
+    rows = torch.arange(scenes.batch)
+    first, others = rows.clone(), rows.clone()
+    first[0] = scenes.batch - 1
+    others[1 : scenes.batch // 2] = scenes.batch - 1
+    answer, rest = context.answer(scenes), slice(scenes.batch // 2, None)
+    by_first, by_others = (
+        relative_change(answer[rest], context.answer(scenes[order])[rest]) for order in (first, others)
+    )
+    if not by_first > allowed > by_others:
+        return None
+    return Finding(
+        "scenes_mixed",
+        f"the answers to all scenes change by {by_first:.2g} with the first one of their batch, and by {by_others:.2g}"
+        " with the others: something of the first scene is used for all.",
+        advice="Look in forward for an index or a slice that takes the first of the batch, as x[0] or x[:1], with"
+        " expand or broadcasting behind it, and for codes or a channel taken for one that all scenes share.",
     )
 
 

@@ -18,13 +18,16 @@ from ris_fast.health.preflight.follow import parting
 from ris_fast.health.preflight.measures import CLOSE, SAME, listed, relative_change
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.modes import eval_mode
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.telemetry.step_telemetry import modules_in_eval_mode
 
 NOISE_SHARE = 0.7  # of the answers' variance that dropout may make
+OF_COVARIANCES = 0.6  # of that of their covariances
 MOSTLY = 0.7  # dropout, or the relative difference of two answers, that leaves next to nothing of a signal
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 SETTLING, SETTLING_SCENES = 40, 64  # batches, 0.9^40 = 1.5 % of the first statistics; scenes of each at most
+FOLLOW = 0.7  # of the first statistics at most that are left by then, where the rest of them can be taken out
 UNSETTLED = 0.5  # relative difference of the answers; a batch's own statistics make 0.03 to 0.2 with 16 to 64 scenes
 UNLIKE = 2.0  # times what dropout makes
 EXPLAINS = 0.3  # of the difference, that a module by itself makes
@@ -68,16 +71,57 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
         ],
         default=0.0,
     )
-    if noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2 or dropped >= MOSTLY:
+    loud = noise**2 / 2 > NOISE_SHARE * max(spread, 1e-12) ** 2
+    if loud:  # a phase that is drawn anew changes factors, and no covariance
+        noise_of_r, spread_of_r = _in_covariances(*answers)
+        loud = noise_of_r**2 / 2 > OF_COVARIANCES * max(spread_of_r, 1e-12) ** 2
+    if loud or dropped >= MOSTLY:
         yield Finding(
             "heavy_dropout",
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
             f"{f'; dropout {dropped:g}' if dropped else ''}.",
             certain=dropped >= MOSTLY,  # answers of an untrained network may be much alike, and small beside the noise
         )
+    elif _reseeds(context, scenes):
+        yield Finding(
+            "losses_differ",
+            "behind a pass in training mode torch's random numbers go on from the same place, whatever they were before"
+            " it: something in forward sets the seed. Every pass then draws the same dropout masks and noise, and what"
+            " else draws, as the order of scenes may, repeats itself.",
+            advice="Take torch.manual_seed out of forward: set it once, before training. Numbers that are to stay the"
+            " same belong into a buffer, drawn in __init__, or come from a torch.Generator of their own.",
+            certain=False,
+        )
     elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode and not evaluation:
         if not _rounded_in_evaluation(context, scenes, relative_change(first, answers[0])):
             yield from _modes_apart(context, noise)
+
+
+def _reseeds(context: PreflightContext, scenes: Scenes) -> bool:
+    """Whether a pass in training mode leaves torch's generator at one place, wherever it was."""
+    places = []
+    for seed in (1, 2):
+        _training_answer(context, scenes, seed)
+        places.append(torch.get_rng_state())
+    return torch.equal(*places)
+
+
+def _in_covariances(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """How far the covariances F F^H of two answers (B, N, Q, 2) are apart, and those of different scenes, relative to
+    their size.
+
+    Model: |F F^H - G G^H|^2 = |F^H F|^2 + |G^H G|^2 - 2 |F^H G|^2, without a matrix of N x N.
+    """
+    f, g = to_complex(one.double()), to_complex(other.double())
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a.mH @ b).abs().square().sum((-2, -1))
+
+    own = product(f, f)
+    apart = (own + product(g, g) - 2 * product(f, g)).clamp_min(0.0).sum()
+    mean = product(f[:, None], f[None]).mean()
+    spread = (own.sum() - len(f) * mean).clamp_min(0.0) * len(f) / max(1, len(f) - 1)
+    return tuple(float((each / own.sum().clamp_min(1e-60)).sqrt()) for each in (apart, spread))
 
 
 def _rounded_in_evaluation(context: PreflightContext, scenes: Scenes, apart: float) -> bool:
@@ -191,6 +235,7 @@ def _modes_apart(context: PreflightContext, noise: float) -> Iterator[Finding]:
         with torch.no_grad():
             context.step.predict(groups[number % len(groups)])
     running = any(not torch.equal(old, new) for old, new in zip(before, context.model.buffers()))
+    _forget_the_first(context.model, dict(zip(map(id, context.model.buffers()), before)))
     scenes = groups[0]
     settled = context.answer(scenes, 1)
     apart = relative_change(settled, _trained_again(context, scenes))
@@ -219,6 +264,22 @@ def _modes_apart(context: PreflightContext, noise: float) -> Iterator[Finding]:
         " with that branch switched off.",
         certain=False,
     )
+
+
+@torch.no_grad()
+def _forget_the_first(model: nn.Module, first: dict[int, Tensor]) -> None:
+    """Takes what is left of their first values out of the running statistics of torch's batch normalisation.
+
+    A first variance of one hides that of a small signal for longer than it takes the statistics to follow a large one.
+    Model: n batches leave running = r first + (1 - r) seen, r = (1 - momentum)^n. Args: first: by the buffer's id.
+    """
+    for module in model.modules():
+        if isinstance(module, BATCH_NORM) and module.running_mean is not None and module.momentum is not None:
+            left = (1.0 - module.momentum) ** int(module.num_batches_tracked - first[id(module.num_batches_tracked)])
+            if 0.0 < left < FOLLOW:
+                for running in (module.running_mean, module.running_var):
+                    running.sub_(left * first[id(running)]).div_(1.0 - left)
+                module.running_var.clamp_(min=0.0)
 
 
 def _switched(context: PreflightContext, scenes: Scenes, settled: Tensor) -> dict[str, float]:

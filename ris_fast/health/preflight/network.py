@@ -31,6 +31,7 @@ DEPENDENT = 1e-12
 FADED, CLEAR = 1e-3, 0.05  # shares of a signal that differ between scenes
 DROWNED = 0.01  # of such a share, from the answer of a layer to what the next is given
 NEARER, ASKED = 0.75, 0.8  # of the NMSE as it is; an NMSE that says something of the scenes
+HARDLY_PART = 0.2  # of their size: gradients of units that start equal; those of healthy ones differ by half and more
 NUDGE = 0.01  # by which tensors move that a gradient reaches
 
 
@@ -281,32 +282,47 @@ def _never_reached(context: PreflightContext) -> list[str]:
 
 
 def _equal_units(context: PreflightContext) -> Iterator[Finding]:
-    """No weight matrix has equal rows that receive equal gradients."""
-    live = {name: p for name, p in context.parameters.items() if p.requires_grad and p.dim() > 1}
-    alike = [name for name, p in live.items() if p.shape[0] > 1 and bool((p == p[:1]).all()) and bool(p.any())]
-    if alike:
-        yield Finding("symmetric_init", f"all units of {listed(alike)} start with the same weights.")
-        return
+    """No weight matrix has equal rows that receive equal gradients, nor a layer units that hardly part.
+
+    Rows that start equal and receive unlike gradients part at the first step: gains, windows and temperatures start so.
+    """
+    live = {name: p for name, p in context.trainable.items() if p.dim() > 1}
+    layers = {
+        f"{name}.weight".lstrip(".")
+        for name, module in context.model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    }
     total = context.run()[0]
     parts = derivatives(total, list(live.values())) if live and total.requires_grad else ()
     pairs = [(name, weight.detach(), part) for (name, weight), part in zip(live.items(), parts) if part is not None]
     if twins := [name for name, weight, part in pairs if _stay_equal(weight, part)]:
         yield Finding(
             "symmetric_init",
-            f"{listed(twins)} starts with rows that are equal and receive equal gradients, so that they stay equal: as"
-            " many as there are do the work of one.",
+            f"rows of {listed(twins)} start equal and receive equal gradients, so that they stay equal: as many as"
+            " there are do the work of one.",
             advice="Draw them at random, as torch.nn.init.normal_(x, std=0.02) does.",
+            certain=any(name in layers and bool(live[name].any()) for name in twins),
+        )
+    elif slow := [name for name, weight, part in pairs if name in layers and _parting(weight, part, 0) < HARDLY_PART]:
+        yield Finding(
+            "symmetric_init",
+            f"all units of {listed(slow)} start with the same weights and receive gradients that differ by less than"
+            f" {HARDLY_PART:.0%}: what tells units apart, as random biases, is small beside what they share, and they"
+            " part slowly.",
             certain=False,
         )
 
 
 def _stay_equal(weight: Tensor, slope: Tensor) -> bool:
     """Whether all slices along some axis are equal, and so are their gradients, which are not zero."""
-    for axis, size in enumerate(weight.shape):
-        if size > 1 and bool((weight == weight.narrow(axis, 0, 1)).all()) and bool(slope.any()):
-            if relative_change(slope, slope.narrow(axis, 0, 1).expand_as(slope)) < SAME:
-                return True
-    return False
+    return any(_parting(weight, slope, axis) < SAME for axis in range(weight.dim()))
+
+
+def _parting(weight: Tensor, slope: Tensor, axis: int) -> float:
+    """How far the gradients of slices are from their mean, relative to them; infinite where the slices are not equal,
+    or there is no gradient."""
+    equal = weight.shape[axis] > 1 and bool((weight == weight.narrow(axis, 0, 1)).all())
+    return relative_change(slope, slope.mean(axis, keepdim=True)) if equal and bool(slope.any()) else math.inf
 
 
 CHECKS = {

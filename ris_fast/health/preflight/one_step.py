@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed, on_a_grid, rounded_to_16_bits, total_norm
+from ris_fast.health.preflight.parameters import changed_by_a_pass
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.schedule import DECAY_PER_STEP
 from ris_fast.health.preflight.step_probe import StepTrace, few_scenes, take_step
@@ -170,9 +171,12 @@ def _moved_otherwise(context: PreflightContext, before: list[Tensor], taken: Ste
     names = {id(p): name for name, p in context.parameters.items()}
     reported = dict(zip(context.optimizer.tensor_names, context.optimizer.telemetry()[:, 2].tolist()))
     broken, wrong, still, moving = [], [], [], False
+    by_passes = changed_by_a_pass(context)
     shares: dict[str, float] = {}
     for parameter, kept in zip(context.model.parameters(), before):
         name, way = names[id(parameter)], total_norm([parameter - kept])
+        if name in by_passes:
+            continue  # which has a check of its own, that lets a first pass set weights by its scenes
         if not math.isfinite(way):
             broken += [name] if all_finite([kept]) else []
         elif name in reported and way > 1.05 * reported[name] + 1e-5 * float(kept.norm()) + TINY:

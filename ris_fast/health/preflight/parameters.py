@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import permutations
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.own import OwnNetwork
 
+LEFTOVER = 0.01  # of the weights, which does not keep a network from learning
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
 
@@ -31,7 +33,22 @@ def frozen(context: PreflightContext) -> Iterator[Finding]:
             "frozen_parameters",
             f"{len(names)} of {len(context.parameters)} tensors ({share:.0%} of the weights) "
             f"do not require a gradient: {listed(names)}.",
+            certain=share > LEFTOVER and not _adapted(context, names),
         )
+
+
+def _adapted(context: PreflightContext, names: list[str]) -> bool:
+    """Whether beside each frozen matrix two trainable ones of a lower rank make one of its shape, as adapters do."""
+    matrices = [context.parameters[name].shape for name in names if context.parameters[name].dim() > 1]
+    pairs = list(permutations([p.shape for p in context.trainable.values() if p.dim() == 2], 2))
+    made = {
+        (rows, columns)
+        for one, other in pairs
+        for rows, rank in (one, one[::-1])
+        for inner, columns in (other, other[::-1])
+        if rank == inner and rank < min(rows, columns)
+    }
+    return bool(matrices) and all(tuple(shape) in made for shape in matrices)
 
 
 def membership(context: PreflightContext) -> Iterator[Finding]:
@@ -158,23 +175,33 @@ def eager_leaves(context: PreflightContext) -> dict[int, torch.Tensor]:
 def changed_by_a_pass(context: PreflightContext) -> list[str]:
     """Trainable tensors whose numbers a training pass changes."""
     if "changed by a pass" not in context.known:
-        live, generator = context.trainable, torch.Generator().manual_seed(73)
-        ways = [
-            0.1 * (rms(each) or 0.1) * torch.randn(each.shape, generator=generator).to(each) for each in live.values()
-        ]  # what an earlier pass has bounded would be left as it is
-        context.model.train()
-        with context.moved(list(live.values()), ways, 1.0):
-            kept = {name: value.detach().clone() for name, value in live.items()}
-            context.run()
-            context.known["changed by a pass"] = [
-                name for name, value in live.items() if not torch.allclose(value, kept[name], 0.0, 0.0, equal_nan=True)
-            ]
+        context.known["changed by a pass"] = _changed(context, context.run)
     return context.known["changed by a pass"]
+
+
+def _changed(context: PreflightContext, run: Callable[[], object]) -> list[str]:
+    """Trainable tensors, all moved a little, whose numbers `run` changes: what an earlier pass has bounded would be
+    left as it is."""
+    live, generator = context.trainable, torch.Generator().manual_seed(73)
+    ways = [0.1 * (rms(each) or 0.1) * torch.randn(each.shape, generator=generator).to(each) for each in live.values()]
+    context.model.train()
+    with context.moved(list(live.values()), ways, 1.0):
+        kept = {name: value.detach().clone() for name, value in live.items()}
+        run()
+        return [name for name, value in live.items() if not torch.allclose(value, kept[name], 0.0, 0.0, equal_nan=True)]
 
 
 def left_alone(context: PreflightContext) -> Iterator[Finding]:
     """A forward pass reads the weights and does not change them."""
-    if names := changed_by_a_pass(context):
+    names = changed_by_a_pass(context)
+
+    def pass_on() -> None:
+        context.loss(context.step.predict(context.scenes), context.scenes)
+
+    # A first pass may set weights by its scenes, and buffers, left as they are behind it, say that it has.
+    if names:
+        pass_on()
+    if names and _changed(context, pass_on):
         yield Finding(
             "weights_changed_outside",
             f"a forward pass of network and loss changes {len(names)} of {len(context.trainable)} trainable tensors:"

@@ -6,6 +6,7 @@ Legend: B batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from re import sub
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +64,15 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
     if (finding := _without_count(context, prediction, scenes, terms)) is not None:
         yield finding
         return
-    lost = _lost_inside(layers, derivatives(total, list(layers.values()), retain_graph=True))
-    if lost:
-        total, _, _, layers = _forward(context, scenes, 2)
-        again = _lost_inside(layers, derivatives(total, list(layers.values())))
-        lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
+    if not layers:
+        return
+    partly = _lost_inside(layers, derivatives(total, list(layers.values()), retain_graph=True))
+    lost = {name: rows for name, rows in partly.items() if _most(rows)}
+    if not lost or _parts_for_some(partly, lost):
+        return
+    total, _, _, layers = _forward(context, scenes, 2)
+    again = _lost_inside(layers, derivatives(total, list(layers.values())))
+    lost = {name: both for name in lost if name in again and _most(both := lost[name] & again[name])}
     if lost and (flat := flattened_at(_forward(context, scenes, 1)[0])):
         yield Finding(
             "saturated_output",
@@ -179,9 +184,16 @@ def _not_told(context: PreflightContext, prediction: Prediction, terms: dict[str
 
 
 def _lost_inside(layers: dict[str, Tensor], parts: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Name of each layer that is reached for some scenes and not for most -> the scenes that it is not, (B,)."""
+    """Name of each layer that is reached for some scenes and not for others -> the scenes that it is not, (B,)."""
     rows = {name: ~_rows([part]) for name, part in zip(layers, parts) if part is not None}
-    return {name: lost for name, lost in rows.items() if _most(lost) and not bool(lost.all())}
+    return {name: lost for name, lost in rows.items() if bool(lost.any()) and not bool(lost.all())}
+
+
+def _parts_for_some(partly: dict[str, Tensor], lost: dict[str, Tensor]) -> bool:
+    """Whether layers that differ in a number of their names share the scenes among them, as the experts of a router."""
+    kinds = {sub(r"\d+", "#", name) for name in lost}
+    shared = torch.stack([rows for name, rows in partly.items() if sub(r"\d+", "#", name) in kinds])
+    return len(shared) > 1 and float(shared.all(0).float().mean()) <= FEW_MISSED
 
 
 def _most(rows: Tensor) -> bool:

@@ -9,6 +9,7 @@ Legend: B batch, T positions along an axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import SAME, relative_change
 from ris_fast.health.preflight.persistent import persistent
-from ris_fast.health.preflight.probe import PreflightContext, layer_calls
+from ris_fast.health.preflight.probe import SMALL, PreflightContext, layer_calls
 from ris_fast.models.modes import eval_mode
 from ris_fast.models.own import OwnNetwork
+from ris_fast.physics.scenes import Scenes
 
 DIFFERS = 1e-2  # relative, between scenes: what a layer answers to them
 NO_PLACE = 1e-3  # of the change that another scene makes
+DRAWS = 8  # of random numbers, each with other scenes
 MOST = 0.5  # of the positions of a sequence that nothing reads
 ADVICE = (
     "Print what the layer behind it is given for two scenes. A mask of attention may be the wrong way round (true means"
@@ -40,7 +43,7 @@ def read_by_something(context: PreflightContext) -> Iterator[Finding]:
         if told is None:
             continue
         unread = told & _flat(slope, told)
-        if not bool(unread.any()) or not _has_no_part(context, name, unread):
+        if not bool(unread.any()) or not _has_no_part(context, name, unread) or _read_at_times(context, name, told):
             continue
         count, all_of = int(unread.sum()), int(told.sum())
         if count == all_of:
@@ -69,19 +72,35 @@ def read_by_something(context: PreflightContext) -> Iterator[Finding]:
         return
 
 
-def _first_layers(context: PreflightContext) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Layers that are given what no weight has touched: name -> (answer, its gradient of a random sum of outputs)."""
+def _read_at_times(context: PreflightContext, name: str, told: Tensor) -> bool:
+    """Whether some scenes and draws of training read all of what the layer makes, as those that a router gives it."""
+    batches = [scenes[:SMALL] for group in context.groups for scenes in group]
+    for seed in range(1, DRAWS + 1):
+        value, slope = _first_layers(context, batches[seed % len(batches)], seed).get(name, (None, None))
+        if value is not None and not bool((told & _flat(slope, told)).any()):
+            return True
+    return False
+
+
+def _first_layers(
+    context: PreflightContext, scenes: Scenes | None = None, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Layers that are given what no weight has touched: name -> (answer, its gradient of a random sum of outputs).
+
+    In evaluation mode, or of some other scenes as in training.
+    """
     found: dict[str, Tensor] = {}
+    mode, scenes = (eval_mode(context.model), context.scenes) if scenes is None else (nullcontext(), scenes)
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         given = [each for each in inputs if isinstance(each, Tensor)]
         if isinstance(output, Tensor) and output.requires_grad and given and not any(x.requires_grad for x in given):
-            if output.dim() > 1 and len(output) == context.scenes.batch:
+            if output.dim() > 1 and len(output) == scenes.batch:
                 found.setdefault(name, output)
 
     context.rewind()  # which makes a pass of its own when it is called first
-    with eval_mode(context.model), context.full_precision(), layer_calls(context.model, keep):
-        prediction = context.predict(context.scenes)
+    with mode, context.full_precision(), layer_calls(context.model, keep):
+        prediction = context.predict(scenes, seed)
     outputs = [each for each in prediction if each is not None and each.requires_grad]
     if not found or not outputs:
         return {}

@@ -28,6 +28,7 @@ FEW_SCENES = 64  # whose answers are compared with one another
 FEW_NUMBERS = 64  # of a target, which tell it from others
 TOUCHED = 1e-4  # of a tensor's norm: more than the rounding of two sums of squares
 VISIBLE = 1e-5  # of a norm: a way that float32 does not hide
+NEXT_TO_ZERO = 0.01  # rms of a tensor
 REMEMBERED = 64  # sampled steps whose scenes are kept, to see one of them again
 
 
@@ -322,12 +323,22 @@ class StepTelemetry:
             "coarse_format": next((name for name, each in zip(COARSE, seen.get("coarse", ())) if each), None),
             **read_micro_batches([name for name, each in self.model.named_parameters() if each.requires_grad], seen),
             **sample.facts,
-            "update_ratio": median((table[:, 2] / table[:, 1].clamp_min(1e-30)).tolist()),
+            "update_ratio": self._update_ratio(table),
             "weight_norm": float(after.norm()),
         }
         self.kept = (sample.call, after)
         self.earlier = {*([] if len(self.earlier) >= REMEMBERED else self.earlier), _bytes(after)}
         return reading | ({"ranks": read_ranks(seen["ranks"])} if "ranks" in seen else {})
+
+    def _update_ratio(self, table: Tensor) -> float:
+        """How far the median tensor moved, of itself: of those that have a gradient, as experts that got no scene have
+        none, and of these of those that do not begin next to zero, which move by all of themselves at first."""
+        sizes = {name: each.numel() for name, each in self.model.named_parameters()}
+        sides = torch.tensor([sizes.get(name, 1) for name in self.optimizer.tensor_names]).sqrt()
+        with_gradient = table[:, 0] > 0
+        kept = with_gradient & (table[:, 1] > NEXT_TO_ZERO * sides)
+        rows = table[next((mask for mask in (kept, with_gradient) if bool(mask.any())), slice(None))]
+        return median((rows[:, 2] / rows[:, 1].clamp_min(1e-30)).tolist())
 
     def _moved_before(self, call: int, before: Tensor) -> int:
         """Tensors that changed between the update of the step before and this step: something else moved them."""

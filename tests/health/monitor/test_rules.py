@@ -100,6 +100,19 @@ def test_step_rules_name_a_broken_contract(cause: str, healthy: RunHistory) -> N
     assert replay(run)[0].step == run.steps[4]["step"]
 
 
+@pytest.mark.parametrize(
+    "first, size, named", [(1e-6, 1e-3, []), (1e-6, 0.5, []), (0.5, 0.5, ["learning_rate_too_large"])]
+)
+def test_step_rules_let_weights_that_start_at_zero_move_by_all_of_themselves(
+    first: float, size: float, named: list[str], healthy: RunHistory
+) -> None:
+    run = deepcopy(healthy)
+    for row in run.steps:
+        row["health"]["weight_norm"] = size * run.info["parameters"] ** 0.5
+    run.steps[0]["health"] |= {"update_ratio": 1.0, "weight_norm": first * run.info["parameters"] ** 0.5}
+    assert [finding.cause for finding in replay(run)] == named
+
+
 @pytest.mark.parametrize("share, cause", [(0.0, "gradients_cleared_before_step"), (0.5, "zeroed_gradients")])
 def test_step_rules_name_a_gradient_changed_on_its_way(share: float, cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)

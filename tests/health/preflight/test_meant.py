@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from bench.faults.patches import after_step, layers, on_batches, on_output, wrap
+from bench.faults.patches import after_step, layers, on_answer, on_batches, on_output, wrap
 from ris_fast.health.preflight.calls import same_network
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.distributions import distributions
@@ -99,6 +99,34 @@ def test_several_steps_name_what_the_optimizer_was_given(change: Callable[[Train
     assert causes(several_steps, trainer) == []
     change(trainer)
     assert cause in causes(several_steps, trainer)
+
+
+def _turned(factor: Tensor, spread: float) -> Tensor:
+    """A phase a scene, drawn anew in each pass, and noise of this size beside the factor."""
+    phase = torch.polar(torch.ones(len(factor)), 6.3 * torch.rand(len(factor)))[:, None, None]
+    noise = spread * factor.detach().square().mean().sqrt() * torch.randn_like(factor)
+    return torch.view_as_real(torch.view_as_complex(factor.contiguous()) * phase) + noise
+
+
+def _seeded(factor: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return fn.dropout(factor, 0.1)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (partial(_turned, spread=0.0), []),
+        (partial(_turned, spread=3.0), ["heavy_dropout"]),
+        (_seeded, ["losses_differ"]),
+        (lambda factor: fn.dropout(factor, 0.1), []),
+    ],
+    ids=["phase", "noise", "seed", "dropout"],
+)
+def test_randomness_of_training_is_told_by_covariances(change: Callable[[Tensor], Tensor], named: list[str]) -> None:
+    trainer = Trainer(small("hybrid"))
+    on_answer(trainer, lambda factor: change(factor) if trainer.model.training else factor)
+    assert causes(randomness, trainer) == named
 
 
 def test_reach_names_an_output_without_a_sign() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,13 @@ def test_randomness_looks_at_the_modules_that_change(norm: Any, expected: list) 
 # --------------------------------------------------------------------------------------------
 
 
+def _with_the_last(kept: list[Tensor], x: Tensor, training: bool) -> Tensor:
+    """What is made of one batch is used for the next of its size."""
+    if not kept or kept[0].shape != x.shape:
+        kept[:] = [x.detach()]
+    return kept[0] + 0.1 * x
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [
@@ -221,9 +229,23 @@ def test_randomness_looks_at_the_modules_that_change(norm: Any, expected: list) 
         (lambda x, training: x.T.reshape(x.shape), [("scenes_mixed", True)]),
         (lambda x, training: x - x.mean(0) if training else x, [("scenes_mixed", False)]),
         (lambda x, training: fn.dropout(x, 0.3, training), []),
+        (lambda x, training: fn.dropout(x, 0.3, True), []),  # which has a name of its own
+        (lambda x, training: fn.dropout(x - x.mean(0), 0.3, True), [("scenes_mixed", True)]),
+        (lambda x, training: x - x[:1], [("scenes_mixed", True)]),
+        (partial(_with_the_last, []), [("stale_cache", True)]),
         (lambda x, training: x - x.mean(1, keepdim=True), []),
     ],
-    ids=["mean of the batch", "reshape", "in training only", "dropout", "mean of the scene"],
+    ids=[
+        "mean of the batch",
+        "reshape",
+        "in training only",
+        "dropout",
+        "dropout in evaluation",
+        "both",
+        "the first",
+        "kept",
+        "mean of the scene",
+    ],
 )
 def test_mixed_looks_at_both_modes(change: Any, expected: list) -> None:
     trainer = network()

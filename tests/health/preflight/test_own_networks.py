@@ -12,7 +12,17 @@ from torch.nn import functional as fn
 
 from bench.faults.patches import before_step, gradients, wrap
 from ris_fast.config.schema import Task
-from ris_fast.health.preflight import calls, gradient, inside, network, parameters, scene_gradients, schedule, unread
+from ris_fast.health.preflight import (
+    calls,
+    gradient,
+    inputs,
+    inside,
+    network,
+    parameters,
+    scene_gradients,
+    schedule,
+    unread,
+)
 from ris_fast.health.preflight.inside import moves_an_axis
 from ris_fast.health.preflight.one_step import one_step
 from ris_fast.health.preflight.preference import own_term
@@ -20,6 +30,7 @@ from ris_fast.health.preflight.several_steps import several_steps
 from ris_fast.health.preflight.terms import each_term
 from ris_fast.models.prediction import Prediction
 from ris_fast.models.starting_point import BeamNet, fourier
+from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import small
@@ -197,6 +208,140 @@ def test_layers_name_queries_that_stay_equal() -> None:
             lambda net, start=start: start(net.query),
         )
         assert said(network.layers, trainer) == expected
+
+
+def alike(*layers: nn.Linear, spread: float) -> None:
+    """Units start with the same weights and with biases of this standard deviation."""
+    for layer in layers:
+        nn.init.constant_(layer.weight, 1 / WIDTH)
+        nn.init.normal_(layer.bias, std=spread)
+
+
+@pytest.mark.parametrize(
+    ("mix", "start", "expected"),
+    [
+        (lambda net, x: x * net.query[:, :1], lambda net: nn.init.ones_(net.query), []),  # a gain that starts at one
+        (lambda net, x: x + net.linear(x), lambda net: alike(net.linear, spread=0.1), []),  # one layer that averages
+        (
+            lambda net, x: net.deep[0](net.linear(x).relu()),
+            lambda net: alike(net.linear, net.deep[0], spread=0.0),
+            [True],
+        ),
+        (
+            lambda net, x: net.deep[0](net.linear(x).relu()),
+            lambda net: alike(net.linear, net.deep[0], spread=0.01),
+            [False],
+        ),
+    ],
+)
+def test_layers_name_units_that_stay_alike_and_no_gain_of_ones(mix: Mix, start: Any, expected: list[bool]) -> None:
+    assert said(network.layers, of(mix, start)) == [("symmetric_init", certain) for certain in expected]
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return -slope
+
+
+def routed(net: Tokens, x: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each scene to one of four experts."""
+    x = x.mean(1)
+    logits = net.linear(x)[:, :4]
+    gates = choose(logits) if net.training else fn.one_hot(logits.argmax(1), 4).float()
+    return (gates[..., None] * torch.stack([expert(x) for expert in net.deep[:4]], 1)).sum(1)
+
+
+def straight(logits: Tensor) -> Tensor:
+    soft = logits.softmax(1)
+    return fn.one_hot(soft.max(1)[1], 4).float() - soft.detach() + soft
+
+
+@pytest.mark.parametrize(
+    ("choose", "expected"),
+    [
+        (lambda logits: fn.gumbel_softmax(logits, hard=True), []),
+        (lambda logits: fn.gumbel_softmax(logits, 2.0, True), []),
+        (straight, []),
+        (lambda logits: fn.gumbel_softmax(Reversed.apply(logits), hard=True), [("wrong_backward", True)]),
+    ],
+    ids=["gumbel", "warm", "by hand", "reversed"],
+)
+def test_experts_that_each_scene_is_routed_to_are_meant(choose: Any, expected: list) -> None:
+    trainer = of(lambda net, x: routed(net, x, choose))
+    assert said(gradient.right_derivative, trainer) == expected
+    assert said(unread.CHECKS["what the first layers make of scenes is read"], trainer) == []
+    assert said(scene_gradients.scenes_learned_from, trainer) == []
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1])
+def test_inputs_name_a_conjugate_that_powers_of_beams_hide(wrong: int | None) -> None:
+    config = small("backprojection")
+    torch.manual_seed(0)
+    model = BeamNet(config.task, WIDTH, 1)
+    features = model.features
+    model.features = lambda *given: features(*(conj(x) if at == wrong else x for at, x in enumerate(given)))
+    expected = [] if wrong is None else [("conjugation_error", True)]
+    assert said(inputs.information, Trainer(config, model=model)) == expected
+
+
+class SetByScenes(nn.Module):
+    """A scale that the first pass in training sets by its scenes, or every pass."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.once, self.scale = once, nn.Parameter(torch.ones(WIDTH))
+        self.register_buffer("done", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not (self.once and self.done):
+            with torch.no_grad():
+                self.scale.copy_(1 / (0.1 + x.flatten(0, 1).std(0)))
+                self.done.fill_(True)
+        return self.scale * x
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_weights_may_be_set_by_the_scenes_of_the_first_pass(once: bool) -> None:
+    trainer = of(lambda net, x: net.norm(net.linear(x)), lambda net: setattr(net, "norm", SetByScenes(once)))
+    assert said(parameters.left_alone, trainer) == [("weights_changed_outside", False)] * (not once)
+    assert said(one_step, trainer) == []
+
+
+def to_places(net: Tokens, x: Tensor, part: slice) -> Tensor:
+    """One scene to the third layer, the others to the second, and none at all to the fourth."""
+    x = x.mean(1)
+    return torch.cat([layer(rows) for layer, rows in zip(net.deep[1:3], (x[1:], x[:1]), strict=True)])[part]
+
+
+@pytest.mark.parametrize(
+    ("mix", "named"),
+    [
+        (lambda net, x: to_places(net, x, slice(None)), []),  # as experts by the scene
+        (lambda net, x: net.deep[2](net.deep[1](x)), [("unused_head", False)]),  # a list of which a part is used
+        (lambda net, x: x + 0 * net.deep[0](x.detach()).detach(), [("unused_head", True)]),
+    ],
+    ids=["routed", "not called", "called"],
+)
+def test_every_tensor_tells_experts_without_a_scene_from_layers_that_nothing_uses(mix: Mix, named: list) -> None:
+    def start(net: Tokens) -> None:
+        net.deep, net.query, net.place = net.deep[:4], None, nn.Parameter(net.place.detach())
+        net.attention = net.recurrent = net.linear = None
+
+    assert said(gradient.CHECKS["every tensor gets a gradient"], of(mix, start)) == named
+
+
+def test_frozen_weights_beside_adapters_of_a_lower_rank_are_not_certain() -> None:
+    for ranks, certain in ((4, False), (0, True)):
+        trainer = of(lambda net, x: net.linear(x))
+        trainer.model.linear.requires_grad_(False)
+        if ranks:
+            trainer.model.down, trainer.model.up = nn.Linear(WIDTH, ranks), nn.Linear(ranks, WIDTH)
+        assert said(parameters.frozen, trainer) == [("frozen_parameters", certain)]
 
 
 def test_every_tensor_names_a_branch_that_is_off() -> None:

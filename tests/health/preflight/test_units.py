@@ -3,18 +3,26 @@ named."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bench.faults.healthy_twins import changed
+from ris_fast.config.schema import Task
 from ris_fast.health.preflight import inputs as check_inputs
+from ris_fast.health.preflight import modes
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.run import run_checks
 from ris_fast.models.hybrid import HybridFeatures
+from ris_fast.models.prediction import Prediction
+from ris_fast.models.starting_point import BeamNet
 from ris_fast.training.trainer import Trainer
 from tests.health.preflight.checking import small
+from tests.health.preflight.test_scene_evidence import said
 
 
 def at(snr_db: float) -> dict[str, float]:
@@ -63,17 +71,70 @@ def test_run_checks_find_nothing_at_high_snr() -> None:
 
 
 @pytest.mark.parametrize("what", ["snapshots", "channel"])
-def test_scale_check_names_an_input_in_its_own_unit(what: str) -> None:
-    """The network's answer turns with the size of one input, as where nothing normalises it."""
+@pytest.mark.parametrize("rms, expected", [(1.0, []), (20.0, [("input_scale", False)])])
+def test_scale_check_names_an_input_in_its_own_unit_that_is_far_from_one(
+    what: str, rms: float, expected: list[tuple[str, bool]]
+) -> None:
+    """What is divided by a constant of the data follows its unit as well, and is no mistake."""
     trainer = Trainer(small("hybrid"))
     forward, position = trainer.model.features, ("snapshots", "channel").index(what)
+    context = PreflightContext(trainer)
+    usual = getattr(context.scenes, what).square().mean().sqrt()
 
     def features(*inputs: torch.Tensor) -> HybridFeatures:
         size = inputs[position].square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
         shown = forward(*inputs)
-        return shown._replace(re=30.0 * size * shown.re)
+        return shown._replace(re=rms / usual * size * shown.re)
 
     trainer.model.features = features
     trainer.network.features = features
-    findings = list(check_inputs.scale(PreflightContext(trainer)))
-    assert [finding.cause for finding in findings] == ["input_scale"] and what in findings[0].evidence
+    findings = list(check_inputs.scale(context))
+    assert [(finding.cause, finding.certain) for finding in findings] == expected
+    assert all(what in finding.evidence for finding in findings)
+
+
+class Beside(nn.Module):
+    """A branch that sees what `prepare`, a function or a layer, makes of snapshots (B, 2 L M) of rms 0.002."""
+
+    def __init__(self, task: Task, prepare: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.beams, self.prepare = BeamNet(task, 16, 1), prepare
+        self.layer = nn.Linear(2 * task.snapshots * task.bs_antennas, 1)
+
+    def forward(self, *inputs: torch.Tensor) -> Prediction:
+        gain = self.layer(self.prepare(0.01 * inputs[0].flatten(1))).tanh()[:, :, None, None]
+        factor = self.beams(*inputs).factor
+        return Prediction(torch.cat((factor[:, :, :1] * (1 + 9 * gain), factor[:, :, 1:]), 2))
+
+
+class Loud(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.norm(1e7 * y)
+
+
+SIZE = 2 * 8 * 4  # of the snapshots
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (lambda: lambda y: 30 * y, []),
+        (lambda: lambda y: torch.asinh(100 * y), []),
+        (lambda: lambda y: (100 * y).clamp(-3, 3), []),
+        (lambda: nn.BatchNorm1d(SIZE), []),
+        (lambda: Loud(nn.LayerNorm(SIZE)), []),
+        (lambda: lambda y: y / (y.square().mean(1, keepdim=True).sqrt() + 0.1), [("epsilon_swallows_signal", True)]),
+        (lambda: lambda y: 1e6 * y, [("input_scale", True)]),
+        (lambda: lambda y: y, [("input_scale", False)]),
+    ],
+    ids=["constant", "asinh", "clamp", "batch norm", "layer norm", "epsilon", "loud", "raw"],
+)
+def test_scale_check_looks_at_what_layers_are_given(prepare: Any, expected: list[tuple[str, bool]]) -> None:
+    config = small("backprojection", **{"task.snapshots": 8, "task.bs_antennas": 4})
+    trainer = Trainer(config, model=Beside(config.task, prepare()))
+    assert said(check_inputs.scale, trainer) == expected
+    assert said(modes.randomness, trainer) == []
