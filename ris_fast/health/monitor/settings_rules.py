@@ -9,6 +9,7 @@ from typing import Any
 from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory
+from ris_fast.health.names import begins
 from ris_fast.training.loss import TERMS
 
 TRUTH = ("loss.cov", "loss.cov_pred", "loss.subspace", "loss.contrast")  # weights of what tells the factors the truth
@@ -141,7 +142,7 @@ def trained_tensors(run: RunHistory) -> Iterator[Finding]:
             f"{twice['count']} tensors are in the optimizer more than once: {', '.join(twice['names'][:3])}.",
         )
     frozen, meant = seen["frozen"], words(str(run.info.get("frozen_on_purpose") or ""))
-    names = [name for name in frozen["names"] if not name.startswith(meant)]
+    names = [name for name in frozen["names"] if not begins(name, meant)]
     if names:
         yield run.finding(
             "frozen_parameters",

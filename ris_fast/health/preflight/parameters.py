@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
+from ris_fast.health.names import begins
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
@@ -24,7 +25,7 @@ STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.R
 def frozen(context: PreflightContext) -> Iterator[Finding]:
     """Parameters that do not require a gradient and are not named in health.frozen."""
     allowed = words(context.config.health.frozen)
-    names = [n for n, p in context.parameters.items() if not p.requires_grad and not n.startswith(allowed)]
+    names = [n for n, p in context.parameters.items() if not p.requires_grad and not begins(n, allowed)]
     if names:
         share = sum(context.parameters[name].numel() for name in names) / max(
             1, sum(p.numel() for p in context.parameters.values())
