@@ -57,7 +57,9 @@ def size_stopped(prediction: Prediction, scenes: Scenes) -> torch.Tensor:
     return 1 - overlap / size.detach().flatten()
 
 
-@pytest.mark.parametrize("term", [Queue(), by_its_mean, by_its_own, correlation], ids=str)
+@pytest.mark.parametrize(
+    "term", [Queue(), by_its_mean, by_its_own, correlation], ids=["queue", "by its mean", "by its own", "correlation"]
+)
 def test_a_term_with_a_memory_or_a_weight_of_its_own_passes_and_begins_the_run_as_it_was(term: Any) -> None:
     trainer = Trainer(small("backprojection", **{"loss.own_weight": 0.1}), loss=term)
     results = run_checks(trainer)
