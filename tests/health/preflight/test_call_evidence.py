@@ -251,8 +251,10 @@ def test_a_list_of_parameters_that_leaves_some_out_is_named() -> None:
     assert causes(unregistered, trainer) == ["shadowed_parameters"]
 
 
-@pytest.mark.parametrize("sign, weight, cause", [(1.0, 10.0, ["loss_sign"]), (1.0, 1e-3, []), (-1.0, 10.0, [])])
-def test_an_own_term_that_grows_towards_the_truth_and_outweighs_the_rest_is_named(
+@pytest.mark.parametrize(
+    "sign, weight, cause", [(1.0, 10.0, ["loss_sign"]), (1.0, 1e-3, ["loss_sign"]), (-1.0, 10.0, [])]
+)
+def test_an_own_term_that_grows_towards_the_truth_is_named_at_any_weight(
     sign: float, weight: float, cause: list[str]
 ) -> None:
     def similarity(prediction: Prediction, scenes: Scenes) -> Tensor:

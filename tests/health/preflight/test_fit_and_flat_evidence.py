@@ -90,7 +90,7 @@ def test_labels_in_other_units_are_named() -> None:
 
 
 def test_a_term_that_reads_the_padding_of_labels_is_named() -> None:
-    for masked, expected in ((False, ["parts_unrelated"]), (True, [])):
+    for masked, expected in ((False, ["target_scale_differs"]), (True, [])):
         trainer = Trainer(small("hybrid"))
 
         def term(prediction: Prediction, scenes: Scenes, masked: bool = masked) -> Tensor:
