@@ -37,11 +37,12 @@ PILED = 0.1  # share of the answers of large weights that are there
 
 class Reach(NamedTuple):
     """Of all samples: factors (S, N, Q, 2), and the outputs with places in them, (S, K) each, by name; of these also
-    those of the largest weights, where what is bounded sits at its ends."""
+    those of the largest weights, where what is bounded sits at its ends, and how far each of these two reaches."""
 
     factor: Tensor
     places: dict[str, Tensor]
     extremes: dict[str, Tensor]
+    ends: dict[str, list[float]]
     counts: Tensor | None  # logits of the count, (S, K)
 
 
@@ -53,7 +54,7 @@ def output_reach(context: PreflightContext) -> Iterator[Finding]:
         yield Finding("softmax_twice", seen)
     if found is None or found.factor.shape[0] < FEWEST or scenes.batch < 2 or not bool(found.factor.any()):
         return
-    if seen := _beyond_a_turn(found, context.guess):
+    if seen := _beyond_a_turn(found):
         yield Finding(
             "wrong_units",
             seen,
@@ -96,8 +97,13 @@ def _reached(context: PreflightContext) -> Reach | None:
         torch.cat([each.factor for each in outputs]),
         {name: torch.cat(values) for name, values in places.items()},
         {name: torch.cat(values[-2:]) for name, values in places.items()},
+        {name: [_end(each) for each in values[-2:]] for name, values in places.items()},
         None if outputs[0].count_logits is None else torch.cat([each.count_logits for each in outputs]),
     )
+
+
+def _end(values: Tensor) -> float:
+    return float(values.abs().max()) if len(values) else math.inf
 
 
 def _squashed(logits: Tensor) -> str:
@@ -219,20 +225,19 @@ def _places(found: Reach, scenes: Scenes) -> str:
     return ""
 
 
-def _beyond_a_turn(found: Reach, guess: Prediction) -> str:
-    """Angles that go further than a whole turn: where they are held, or at the start; empty where none do."""
+def _beyond_a_turn(found: Reach) -> str:
+    """Angles that are held further away than a whole turn, at the same end by large weights and by larger ones: an
+    answer that nothing holds grows on. Empty where none are."""
     for name in ("azimuth", "elevation"):
         if name not in found.places:
             continue
-        end = float(found.extremes[name].abs().max())
+        near, end = found.ends[name]
         piled = float((found.extremes[name].abs() > (1 - AT_THE_END) * end).float().mean())
-        start = float(getattr(guess, name).abs().median())
-        for what, angle in (("sits at an end with large weights", end * (piled > PILED)), ("starts", start)):
-            if TURN < angle < math.inf:
-                return (
-                    f"{name} {what}, at {angle:.4g}, which is {angle / (2 * math.pi):.3g} turns in radians; in degrees"
-                    f" it is {math.radians(angle):.3g} rad."
-                )
+        if TURN < end < math.inf and abs(near - end) < AT_THE_END * end and piled > PILED:
+            return (
+                f"{name} sits at an end with large weights, at {end:.4g}, which is {end / (2 * math.pi):.3g} turns in"
+                f" radians; in degrees it is {math.radians(end):.3g} rad."
+            )
     return ""
 
 

@@ -109,3 +109,11 @@ def test_angles_that_are_held_at_many_turns_are_in_degrees(limit: float, named: 
     held = lambda answer: answer._replace(azimuth=limit * torch.tanh(answer.azimuth))  # noqa: E731
     wrap(trainer.step, "predict", lambda predict: lambda scenes: held(predict(scenes)))
     assert [each.cause for each in output_reach(PreflightContext(trainer))] == named
+
+
+def test_angles_that_nothing_holds_are_in_no_unit() -> None:
+    """Large as they are behind inputs in a unit of their own."""
+    trainer = Trainer(small("hybrid", **{"loss.angle": 0.01}))
+    free = lambda answer: answer._replace(azimuth=1e4 * answer.azimuth.tan())  # noqa: E731
+    wrap(trainer.step, "predict", lambda predict: lambda scenes: free(predict(scenes)))
+    assert "wrong_units" not in [each.cause for each in output_reach(PreflightContext(trainer))]
