@@ -43,8 +43,10 @@ def kept(module: nn.Module) -> Iterator[None]:
             back()
 
 
-def undo_of(module: nn.Module) -> list[Undo]:
-    return [*map(of_numbers, module.buffers()), *map(of_module, module.modules()), *of_attached([module], module)]
+def undo_of(module: nn.Module, trained: bool = True) -> list[Undo]:
+    """`trained`: with tensors that are reached and trained, as those of a layer which a function holds."""
+    attached = of_attached([module], module, trained)
+    return [*map(of_numbers, module.buffers()), *map(of_module, module.modules()), *attached]
 
 
 @torch.no_grad()
@@ -125,12 +127,14 @@ def of_elements(value: Any, depth: int = 3) -> Undo:
     return back
 
 
-def of_attached(owners: list[Any], model: nn.Module) -> Iterator[Undo]:
+def of_attached(owners: list[Any], model: nn.Module, trained: bool = True) -> Iterator[Undo]:
     """Of everything that hooks, replaced methods and own objects reach. Tensors and arrays as long as they are no more
-    than a few copies of the model."""
+    than a few copies of the model; `trained`: also those that require a gradient."""
     room = 2**24 + 4 * sum(parameter.numel() for parameter in model.parameters())
     for value in attached(owners):
         if isinstance(value, Tensor):
+            if value.requires_grad and not trained:
+                continue
             if value.layout == torch.strided and value.device.type != "meta" and value.numel() <= room:
                 room -= value.numel()
                 yield of_numbers(value)

@@ -128,7 +128,7 @@ def term_of_one_state(loss: Any) -> Iterator[None]:
         return
     holder = nn.Module()
     holder.own = own
-    undo = undo_of(holder)
+    undo = undo_of(holder, trained=False)  # a layer that it shares with the network is the check's to move
 
     def called(*given: Any) -> Any:
         for back in undo:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as fn
 
 from bench.faults.patches import wrap
@@ -117,3 +118,11 @@ def test_angles_that_nothing_holds_are_in_no_unit() -> None:
     free = lambda answer: answer._replace(azimuth=1e4 * answer.azimuth.tan())  # noqa: E731
     wrap(trainer.step, "predict", lambda predict: lambda scenes: free(predict(scenes)))
     assert "wrong_units" not in [each.cause for each in output_reach(PreflightContext(trainer))]
+
+
+def test_a_layer_that_a_term_shares_with_the_network_is_left_to_the_checks() -> None:
+    trainer = Trainer(small("backprojection", **{"loss.own_weight": 0.1}), loss=correlation)
+    layer = next(module for module in trainer.model.modules() if isinstance(module, nn.Linear))
+    trainer.loss.own = lambda prediction, scenes: correlation(prediction, scenes) + 1e-3 * layer.weight.square().mean()
+    found = [each.cause for result in run_checks(trainer) for each in result.findings]
+    assert "weights_changed_outside" not in found
