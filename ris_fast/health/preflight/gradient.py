@@ -224,11 +224,14 @@ def _silent(
             p.numel() for p in context.parameters.values()
         )
         made = [name for name in unused if name.rpartition(".")[0] in called]
+        answers = [each for each in context.run()[2] if each is not None and each.requires_grad]
+        leaves = set().union(*(graph_of(each).leaves for each in answers))
+        answering = any(id(context.parameters[name]) in leaves for name in made)
         yield Finding(
             "unused_head",
             f"{len(unused)} tensors ({share:.0%} of the weights) reach no term of the loss: {listed(unused)}."
             f"{'' if made else ' No forward pass calls what they belong to.'}",
-            certain=share > LEFTOVER and bool(made),  # a run learns beside what nothing calls
+            certain=answering or share > LEFTOVER and bool(made),  # a run learns beside what nothing calls
         )
 
 
