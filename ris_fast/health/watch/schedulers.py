@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 SETTLED = 4  # steps after which all that the loop uses is there
-SHARE = 0.01  # of the loop's time that a search may take where nothing speaks of a scheduler
+SHARE = 0.002  # of the loop's time that a search may take where nothing speaks of a scheduler
 LENGTHS = ("total_steps", "T_max", "total_iters", "T_0")
 
 
