@@ -13,8 +13,7 @@ from torch import nn
 
 from bench.faults.healthy_twins import changed
 from ris_fast.config.schema import Task
-from ris_fast.health.preflight import inputs as check_inputs
-from ris_fast.health.preflight import modes
+from ris_fast.health.preflight import input_scale, modes
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.run import run_checks
 from ris_fast.models.hybrid import HybridFeatures
@@ -47,7 +46,7 @@ KINDS = {
 
 
 def test_scale_check_allows_inputs_small_by_snr() -> None:
-    assert list(check_inputs.scale(PreflightContext(Trainer(changed(KINDS["hybrid"], at(-60.0)))))) == []
+    assert list(input_scale.scale(PreflightContext(Trainer(changed(KINDS["hybrid"], at(-60.0)))))) == []
 
 
 @pytest.mark.slow
@@ -56,10 +55,10 @@ def test_scale_check_allows_inputs_small_by_snr() -> None:
 def test_scale_check_passes_every_unit_at_any_snr(kind: str, snr_db: float) -> None:
     config = changed(KINDS[kind], at(snr_db))
     context = PreflightContext(Trainer(config))
-    assert list(check_inputs.scale(context)) == []
+    assert list(input_scale.scale(context)) == []
     before, after = (
         context.answer(replace(context.scenes, snapshots=unit * context.scenes.snapshots))
-        for unit in (1.0, check_inputs.UNITS[0])
+        for unit in (1.0, input_scale.UNITS[0])
     )
     assert torch.equal(before, after)  # not a bit changes, so that nothing in the comparison comes of rounding
 
@@ -88,7 +87,7 @@ def test_scale_check_names_an_input_in_its_own_unit_that_is_far_from_one(
 
     trainer.model.features = features
     trainer.network.features = features
-    findings = list(check_inputs.scale(context))
+    findings = list(input_scale.scale(context))
     assert [(finding.cause, finding.certain) for finding in findings] == expected
     assert all(what in finding.evidence for finding in findings)
 
@@ -136,5 +135,5 @@ SIZE = 2 * 8 * 4  # of the snapshots
 def test_scale_check_looks_at_what_layers_are_given(prepare: Any, expected: list[tuple[str, bool]]) -> None:
     config = small("backprojection", **{"task.snapshots": 8, "task.bs_antennas": 4})
     trainer = Trainer(config, model=Beside(config.task, prepare()))
-    assert said(check_inputs.scale, trainer) == expected
+    assert said(input_scale.scale, trainer) == expected
     assert said(modes.randomness, trainer) == []
