@@ -90,7 +90,7 @@ def validated_weights(run: RunHistory) -> Iterator[Finding]:
 
 
 def _in_training_mode(run: RunHistory, seen: Row) -> Finding:
-    """Which modules stay in training mode, and what that changes."""
+    """Which modules stay in training mode, and what that changes; dropouts alone may be kept so on purpose."""
     if not seen:
         return run.finding("train_mode_in_validation", "modules are in training mode while the network is validated.")
     names = [name or "the network" for name in seen["names"]]
@@ -105,6 +105,7 @@ def _in_training_mode(run: RunHistory, seen: Row) -> Finding:
         "train_mode_in_validation",
         f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''} of {seen['modules']} modules stay in training"
         f" mode while the network is validated ({how}); {effect}.",
+        certain=names[0] == "the network" or bool(seen["statistics"]) or not seen["dropout"],
     )
 
 

@@ -156,7 +156,9 @@ def _evaluation(context: PreflightContext, scenes: Scenes, first: Tensor, second
         yield Finding(
             "train_mode_in_validation",
             f"in evaluation mode two answers to the same scenes differ by {relative_change(first, second):.2g}{named}"
-            f"{_said(stuck)}: dropout is at work, or something else draws random numbers there.",
+            f"{_said(stuck)}: dropout is at work, or something else draws random numbers there."
+            " Monte Carlo dropout is made so on purpose.",
+            certain="the network" in stuck,
         )
     elif stuck:
         with eval_mode(context.model):

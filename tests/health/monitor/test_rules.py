@@ -231,6 +231,22 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize(
+    "modules, certain",
+    [
+        ({"names": ["drop"], "dropout": ["drop"], "statistics": []}, False),  # as for Monte Carlo dropout
+        ({"names": ["drop", "norm"], "dropout": ["drop"], "statistics": ["norm"]}, True),
+        ({"names": ["", "drop"], "dropout": ["drop"], "statistics": []}, True),
+        ({"names": ["fuse"], "dropout": [], "statistics": []}, True),
+    ],
+    ids=["a dropout", "statistics too", "the whole network", "nothing that draws"],
+)
+def test_epoch_rules_doubt_dropouts_that_alone_stay_on(modules: dict, certain: bool, healthy: RunHistory) -> None:
+    run = deepcopy(healthy)
+    run.epochs[1]["health"]["scores"]["raw"].update(in_eval_mode=False, in_training_mode=modules | {"modules": 9})
+    assert [(each.cause, each.certain) for each in replay(run)] == [("train_mode_in_validation", certain)]
+
+
 @pytest.mark.parametrize("cause", CHANGES)
 def test_epoch_rules_name_a_broken_contract(cause: str, healthy: RunHistory) -> None:
     run = deepcopy(healthy)

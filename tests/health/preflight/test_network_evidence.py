@@ -144,6 +144,13 @@ class Stuck(nn.BatchNorm1d):
         return super().train(True)
 
 
+class MonteCarlo(nn.Dropout):
+    """Dropout that stays on, so that several answers tell how sure the network is."""
+
+    def train(self, mode: bool = True) -> MonteCarlo:
+        return super().train(True)
+
+
 class Settled(nn.BatchNorm1d):
     def train(self, mode: bool = True) -> Settled:
         return super().train(False)
@@ -198,6 +205,7 @@ def test_randomness_names_what_makes_answers_differ(change: Any, cause: str, see
     "norm, expected",
     [
         (lambda: Stuck(32), [("train_mode_in_validation", True)]),
+        (lambda: MonteCarlo(0.2), [("train_mode_in_validation", False)]),
         (lambda: nn.BatchNorm1d(32, momentum=0.0), [("batchnorm_statistics", True)]),
         (lambda: Settled(32), [("eval_mode_in_training", False)]),  # frozen statistics may be meant
         (lambda: nn.BatchNorm1d(32), []),
