@@ -10,10 +10,10 @@ from ris_fast.config.spelling import words
 from ris_fast.health.finding import Finding
 from ris_fast.health.monitor.history import Row, Rule, RunHistory
 from ris_fast.health.names import begins
+from ris_fast.health.preflight.parameters import MOSTLY_FROZEN
 from ris_fast.training.loss import TERMS
 
 TRUTH = ("loss.cov", "loss.cov_pred", "loss.subspace", "loss.contrast")  # weights of what tells the factors the truth
-MOSTLY_FROZEN = 0.5  # of all numbers
 STEEP_DECAY = 0.1  # of a weight in one step
 ALL_WARM_UP = 0.95  # of the run
 DOMINATES = 0.95  # of the loss, taken by what is not the covariance

@@ -23,7 +23,15 @@ from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pool
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.parameters import changed_by_a_pass
 from ris_fast.health.preflight.probe import PreflightContext
-from ris_fast.health.preflight.projected import DIRECTIONS, STEPS, lines, projection, says_something
+from ris_fast.health.preflight.projected import (
+    DIRECTIONS,
+    LENGTHS,
+    STEPS,
+    lines,
+    projection,
+    random_directions,
+    says_something,
+)
 from ris_fast.health.preflight.terms import ASIDE, direction_of, leaf, moved, sizes_of
 from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
@@ -99,6 +107,11 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
                 certain=False,
             )
     elif graph.written_by_hand or not graph.named(*ZERO_DERIVATIVE):
+        if right_between_jumps(context, list(errors)):
+            context.note = (
+                "the outputs jump where the largest numbers or a threshold choose; between, the gradient is right"
+            )
+            return
         yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.")
     else:
         yield Finding("non_differentiable", f"{seen}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
@@ -207,12 +220,36 @@ def parts(context: PreflightContext, held: StoppedValues | None = None, *, by_lo
         return {}
     projected, gradients, live = *found, context.trainable
     generator = torch.Generator().manual_seed(7)
-    members: dict[str, list[str]] = {}
-    for name in gradients:
-        members.setdefault(name.partition(".")[0], []).append(name)
     return {
         part: gap_of(
             lines(projected, [live[name] for name in names], [gradients[name] for name in names], generator), STEPS
         )
-        for part, names in members.items()
+        for part, names in _members(gradients).items()
     }
+
+
+def _members(gradients: dict[str, Tensor]) -> dict[str, list[str]]:
+    """The tensors of each child of the network."""
+    members: dict[str, list[str]] = {}
+    for name in gradients:
+        members.setdefault(name.partition(".")[0], []).append(name)
+    return members
+
+
+def right_between_jumps(context: PreflightContext, wrong: list[str]) -> bool:
+    """Whether the gradient of these parts is the derivative wherever the outputs do not jump: those that a choice
+    makes, by the largest k or a threshold, which no derivative sees."""
+    found = projection(context)
+    if found is None:
+        return False
+    projected, gradients, live = *found, context.trainable
+    members, generator = _members(gradients), torch.Generator().manual_seed(29)
+    gaps: dict[float, list[Gap]] = {length: [] for length in LENGTHS}
+    for names in (members[part] for part in wrong):
+        tensors = [live[name] for name in names]
+        for directions in random_directions(tensors, generator):
+            promised = float(sum((gradients[name] * way).sum() for name, way in zip(names, directions)))
+            for length, found_there in gaps.items():
+                slope = projected.between_jumps(tensors, directions, length)
+                found_there.append((abs(slope - promised), max(abs(slope), abs(promised))))
+    return min(map(pooled, gaps.values())) <= DISAGREES

@@ -18,7 +18,7 @@ from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.own import OwnNetwork
 
-LEFTOVER = 0.01  # of the weights, which does not keep a network from learning
+MOSTLY_FROZEN = 0.5  # of the weights: less are as likely frozen on purpose, as random features or fixed maps are
 STANDARD = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.Embedding, nn.RMSNorm)
 
 
@@ -34,7 +34,7 @@ def frozen(context: PreflightContext) -> Iterator[Finding]:
             "frozen_parameters",
             f"{len(names)} of {len(context.parameters)} tensors ({share:.0%} of the weights) "
             f"do not require a gradient: {listed(names)}.",
-            certain=share > LEFTOVER and not _adapted(context, names),
+            certain=share >= MOSTLY_FROZEN and not _adapted(context, names),
         )
 
 

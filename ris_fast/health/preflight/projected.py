@@ -23,6 +23,7 @@ from ris_fast.health.preflight.probe import PreflightContext
 NOISE = 2e-6  # of a loss of order one in float32
 STEPS = (1e-2, 1e-3)
 DIRECTIONS = 3  # along one the derivative may happen to be next to nothing; two that agree are enough
+PIECES, LENGTHS = 8, (1e-3, 1e-4)  # of a line, between jumps
 FEW = 4  # scenes: an error that few have is a larger share of these, and it costs a pass each
 
 
@@ -101,6 +102,20 @@ class ProjectedOutputs:
             self.noise * math.sqrt(size),
         )
 
+    def between_jumps(self, tensors: list[Tensor], directions: list[Tensor], length: float) -> float:
+        """The slope along one direction, scene by scene the median over pieces of this length: a piece in which a
+        scene's outputs jump, as where another number becomes one of the largest k, does not say how they move."""
+        ways = []
+        for piece in range(-PIECES // 2, PIECES // 2 + 1):
+            with self.context.moved(tensors, directions, piece * length):
+                ways.append(
+                    sum(
+                        ((now - value) * cotangent).flatten(1).sum(1)
+                        for now, value, cotangent in zip(self._outputs(), self.here, self.cotangents.values())
+                    )
+                )
+        return float(torch.stack(ways).diff(dim=0).median(0).values.sum()) / length
+
 
 class LossItself(ProjectedOutputs):
     """The loss in the place of the outputs."""
@@ -121,14 +136,16 @@ def lines(
     projected: ProjectedOutputs, tensors: list[Tensor], gradients: list[Tensor], generator: torch.Generator
 ) -> Iterator[Along]:
     """Some weights along random directions, each as large as they are."""
+    for directions in random_directions(tensors, generator):
+        yield projected.line(tensors, gradients, directions)
+
+
+def random_directions(tensors: list[Tensor], generator: torch.Generator) -> Iterator[list[Tensor]]:
+    """Each as large as the weights are."""
     sizes = [rms(tensor) for tensor in tensors]
     first = min([0.02, *filter(None, sizes)])  # of a tensor that starts at zero
     for _ in range(DIRECTIONS):
-        yield projected.line(
-            tensors,
-            gradients,
-            [
-                torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
-                for tensor, size in zip(tensors, sizes)
-            ],
-        )
+        yield [
+            torch.randn(tensor.shape, generator=generator).to(tensor) * (size or first)
+            for tensor, size in zip(tensors, sizes)
+        ]

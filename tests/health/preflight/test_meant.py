@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from bench.faults.patches import after_step, layers, on_answer, on_batches, on_output, wrap
+from bench.faults.patches import Backward, after_step, layers, on_answer, on_batches, on_output, wrap
 from ris_fast.health.preflight.calls import same_network
 from ris_fast.health.preflight.derivative import right_derivative
 from ris_fast.health.preflight.distributions import distributions
@@ -53,6 +53,33 @@ def test_a_rounding_passed_straight_through_is_meant() -> None:
     trainer = Trainer(small("hybrid"))
     on_output(trainer.model.fuse, lambda x: x + ((8.0 * x).round() / 8.0 - x).detach())
     assert causes(right_derivative, trainer) == []
+
+
+class Chosen(nn.Module):
+    """A wide layer of which only some numbers go on, by a choice that no gradient sees; `backward` changes theirs."""
+
+    def __init__(self, choose: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.wide, self.narrow = nn.Linear(32, 2048), nn.Linear(2048, 32)
+        self.choose, self.backward = choose, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        x = x * self.choose(x)
+        return self.narrow(x if self.backward is None else Backward.apply(x, self.backward))
+
+
+@pytest.mark.parametrize("backward", [None, lambda grad: grad.roll(1, -1)], ids=["right", "wrong"])
+@pytest.mark.parametrize(
+    "choose",
+    [lambda x: x >= x.topk(300).values[..., -1:], lambda x: x.abs() > x.abs().median(-1, keepdim=True).values],
+    ids=["the largest", "a threshold"],
+)
+def test_a_choice_of_the_largest_is_meant(choose: Callable, backward: Callable | None) -> None:
+    trainer = Trainer(small("backprojection"))
+    trainer.model.norm = Chosen(choose, backward)
+    assert causes(right_derivative, trainer) == ([] if backward is None else ["wrong_backward"])
 
 
 @pytest.mark.parametrize("middle, named", [(0.0, []), (15.0, ["loss_sign"])])

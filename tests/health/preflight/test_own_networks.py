@@ -344,6 +344,13 @@ def test_frozen_weights_beside_adapters_of_a_lower_rank_are_not_certain() -> Non
         assert said(parameters.frozen, trainer) == [("frozen_parameters", certain)]
 
 
+def test_a_frozen_minority_is_not_certain() -> None:
+    """As random features, a prior drawn at random or a fixed map are, kept as parameters."""
+    trainer = of(lambda net, x: net.linear(x))
+    trainer.model.fixed = nn.Parameter(torch.randn(3, WIDTH), requires_grad=False)
+    assert said(parameters.frozen, trainer) == [("frozen_parameters", False)]
+
+
 def test_every_tensor_names_a_branch_that_is_off() -> None:
     check = gradient.CHECKS["every tensor gets a gradient"]
     shut = of(lambda net, x: x + net.shut * torch.tanh(net.linear(x)))
