@@ -211,8 +211,10 @@ def scaler_skips_all(records: list[StepRecord]) -> Iterator[Finding]:
 
 
 def step_called_twice(records: list[StepRecord]) -> Iterator[Finding]:
-    """Steps with the very gradients of the step before, and no backward between."""
-    again = [now for last, now in pairwise(records) if _same_gradients(last, now)]
+    """Steps with the very gradients of the step before, and no backward between. Where the weights were put back in
+    between, the step is tried again with another rate, as a line search does."""
+    pairs = [(last, now) for last, now in pairwise(records) if rules_changes.same_gradients(last, now)]
+    again = [now for last, now in pairs if not rules_changes.tried_again(last, now)]
     if len(again) > 1 and any(len(record.none_grads) < len(record.hooked) for record in records):
         yield finding(
             "step_called_twice",
@@ -220,20 +222,6 @@ def step_called_twice(records: list[StepRecord]) -> Iterator[Finding]:
             "before: no backward came between.",
             again[0].step + 1,
         )
-
-
-def _same_gradients(last: StepRecord, now: StepRecord) -> bool:
-    """Whether `now` follows `last`, no hook heard a backward, and the gradients are those that `last` left."""
-    return (
-        now.step == last.step + 1
-        and now.names == last.names
-        and bool(now.hooked)
-        and len(now.none_grads) == len(now.hooked)
-        and not now.closure
-        and last.grad_after_step is not None
-        and torch.equal(now.grad_at_step, last.grad_after_step)
-        and float(now.grad_at_step.norm()) > 0
-    )
 
 
 def has_learned(loop: LoopRecord) -> bool:

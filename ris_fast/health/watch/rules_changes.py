@@ -66,6 +66,8 @@ def weights_reset(loop: LoopRecord, optimizer: OptimizerRecord, changes: Kinds) 
     ]
     again = [record.step for record in optimizer.records if record.reset is not None and bool(record.reset)]
     steps = sorted({*undone, *again})
+    if any(tried_again(last, now) for last, now in pairwise(optimizer.records)):
+        return  # a line search
     stateless = "SGD" in optimizer.kinds and not any(group.get("momentum") for group in optimizer.groups)
     long = all(later - step >= EPISODE for step, later in pairwise(steps))
     if steps and stateless and long and len(loop.kept) >= len(steps):
@@ -80,6 +82,25 @@ def weights_reset(loop: LoopRecord, optimizer: OptimizerRecord, changes: Kinds) 
             steps[0] + 1,
             EPISODES,
         )
+
+
+def same_gradients(last: StepRecord, now: StepRecord) -> bool:
+    """Whether `now` follows `last`, no hook heard a backward, and the gradients are those that `last` left."""
+    return (
+        now.step == last.step + 1
+        and now.names == last.names
+        and bool(now.hooked)
+        and len(now.none_grads) == len(now.hooked)
+        and not now.closure
+        and last.grad_after_step is not None
+        and torch.equal(now.grad_at_step, last.grad_after_step)
+        and float(now.grad_at_step.norm()) > 0
+    )
+
+
+def tried_again(last: StepRecord, now: StepRecord) -> bool:
+    """Whether `last` was taken back, and its gradients are used once more."""
+    return now.reset is not None and bool(now.reset) and same_gradients(last, now)
 
 
 def _is_reset(change: OutsideChange, kinds: dict[str, str], changes: Kinds) -> bool:

@@ -338,7 +338,8 @@ def test_every_tensor_tells_experts_without_a_scene_from_layers_that_nothing_use
 def test_frozen_weights_beside_adapters_of_a_lower_rank_are_not_certain() -> None:
     for ranks, certain in ((4, False), (0, True)):
         trainer = of(lambda net, x: net.linear(x))
-        trainer.model.linear.requires_grad_(False)
+        for part in (trainer.model.linear,) if ranks else (trainer.model.beams, trainer.model.stem):
+            part.requires_grad_(False)
         if ranks:
             trainer.model.down, trainer.model.up = nn.Linear(WIDTH, ranks), nn.Linear(ranks, WIDTH)
         assert said(parameters.frozen, trainer) == [("frozen_parameters", certain)]

@@ -174,6 +174,34 @@ def both_sets_evaluated(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "split_overlap"
 
 
+def steps_tried_again(wrong: bool) -> tuple[list[Finding], str]:
+    """A backtracking line search: a step is taken back and made with half the rate, until the loss falls by enough. By
+    mistake, it is not taken back."""
+    model, x = mlp(8, 32, 1), torch.randn(256, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    seen, weights = watch(model, optimizer), list(model.parameters())
+
+    def loss() -> Tensor:
+        return F.mse_loss(model(x), x[:, :1])
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        (first := loss()).backward()
+        before, slope = [each.detach().clone() for each in weights], sum(each.grad.square().sum() for each in weights)
+        rate = 4.0
+        while rate > 1e-4:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            with torch.no_grad():
+                if loss() <= first - 0.3 * rate * slope:
+                    break
+                for weight, value in zip(weights, before):
+                    if not wrong:
+                        weight.copy_(value)
+            rate /= 2
+    return seen.report(), "step_called_twice"
+
+
 LOOPS = {
     each.__name__: each
     for each in (
@@ -186,6 +214,7 @@ LOOPS = {
         one_part_evaluated,
         samples_of_dropout,
         both_sets_evaluated,
+        steps_tried_again,
     )
 }
 
