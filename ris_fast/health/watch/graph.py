@@ -269,8 +269,8 @@ def _among_trained(leaf: Any, own: Mapping[int, str], users: Mapping[Any, Any]) 
     """Whether the operation that uses it has another operand that comes from parameters of the model."""
     node = users.get(leaf)
     while node is not None:
-        branches = [after for after, _ in node.next_functions if after is not None]
-        if len(branches) > 1:
+        if len(node.next_functions) > 1:  # None where an operand has no gradient, as data
+            branches = [after for after, _ in node.next_functions if after is not None]
             found = [id(each.variable) for each in graph_of(branches, set())[0]]
             return any(key in own for key in found)
         node = users.get(node)

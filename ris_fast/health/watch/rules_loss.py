@@ -70,13 +70,24 @@ def without_history(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[
     elif not any(each.requires_grad for each in losses) and any(each.outputs_require_grad for each in losses):
         what = "tensors without a gradient" if losses[0].tensor else "plain numbers"
         yield finding("detached_loss", f"all {count} losses are {what}, though the outputs have one.", step)
-    elif {each.of_model for each in losses} <= {False, None} and losses[0].of_model is False:
+    elif (
+        {each.of_model for each in losses} <= {False, None} and losses[0].of_model is False and not _carried_over(loop)
+    ):
         yield finding(
             "detached_loss",
             f"{count} losses have a history, and no parameter of the model is in it.",
             step,
             advice="Look for `detach()`, `.data`, `.item()` or numpy between the outputs and the loss.",
         )
+
+
+def _carried_over(loop: LoopRecord) -> bool:
+    """Whether gradients above zero are in every step, and no backward brought them: those of a copy of the model."""
+    steps = [each for by in loop.optimizers for each in by.records]
+    return bool(steps) and all(
+        bool(each.hooked) and len(each.none_grads) == len(each.hooked) and float(each.grad_at_step.norm()) > 0
+        for each in steps
+    )
 
 
 def shapes_broadcast(losses: Sequence[LossRecord]) -> Iterator[Finding]:

@@ -202,6 +202,46 @@ def steps_tried_again(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "step_called_twice"
 
 
+def gradients_of_a_copy(wrong: bool) -> tuple[list[Finding], str]:
+    """A worker differentiates its copy of the model, and hands the gradients over; or fails to."""
+    model, worker = mlp(8, 32, 1), mlp(8, 32, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for _ in range(100):
+        worker.load_state_dict(model.state_dict())
+        x = torch.randn(32, 8)
+        made = worker(x)
+        worker.zero_grad()
+        seen.loss(F.mse_loss(made, x[:, :1]), made, x[:, :1]).backward()
+        for weight, other in zip(model.parameters(), worker.parameters()):
+            weight.grad = torch.zeros_like(weight) if wrong else other.grad
+        optimizer.step()
+    return seen.report(), "detached_loss"
+
+
+def layer_drawn_anew(wrong: bool) -> tuple[list[Finding], str]:
+    """A layer is made in each pass: at random, at the input, as an augmentation, or behind the first by mistake."""
+
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and not wrong:
+                x = x + 0.1 * nn.Linear(8, 8, bias=False)(x)
+            hidden = self.first(x).tanh()
+            return self.last(nn.Linear(32, 32, bias=False)(hidden) if wrong else hidden)
+
+    model = Drawn()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for _ in range(100):
+        x = torch.randn(32, 8)
+        step(optimizer, F.mse_loss(model(x), x[:, :1]))
+    return [each for each in seen.report() if each.certain], "unregistered_parameters"
+
+
 LOOPS = {
     each.__name__: each
     for each in (
@@ -215,6 +255,8 @@ LOOPS = {
         samples_of_dropout,
         both_sets_evaluated,
         steps_tried_again,
+        gradients_of_a_copy,
+        layer_drawn_anew,
     )
 }
 
