@@ -38,16 +38,19 @@ class Graph:
         return sorted({node.name() for node in self.operators if node.name().startswith(beginnings)})
 
     @property
-    def written_by_hand(self) -> list[str]:
+    def functions_by_hand(self) -> list[type]:
         """torch.autograd.Function classes that are not the project's own kernels."""
         classes = {type(node) for node in self.operators if isinstance(node, torch.autograd.function.BackwardCFunction)}
-        return sorted(
-            {
-                each._forward_cls.__qualname__
-                for each in classes
-                if not each._forward_cls.__module__.startswith((OWN_OPERATORS, "kernels", "torch"))
-            }
-        )
+        return [
+            each._forward_cls
+            for each in classes
+            if not each._forward_cls.__module__.startswith((OWN_OPERATORS, "kernels", "torch"))
+        ]
+
+    @property
+    def written_by_hand(self) -> list[str]:
+        """Their names."""
+        return sorted({each.__qualname__ for each in self.functions_by_hand})
 
 
 def graph_of(value: Tensor) -> Graph:

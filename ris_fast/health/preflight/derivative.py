@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.functions import FunctionChecks
 from ris_fast.health.preflight import recomputed, scales, scene_gradients
-from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, StoppedValues, by_hand, graph_of, via
+from ris_fast.health.preflight.autograd import ZERO_DERIVATIVE, Exits, Graph, StoppedValues, by_hand, graph_of, via
 from ris_fast.health.preflight.finite_difference import Along, Gap, gap_of, pooled
 from ris_fast.health.preflight.measures import listed, rms
 from ris_fast.health.preflight.parameters import changed_by_a_pass
@@ -112,9 +113,22 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
                 "the outputs jump where the largest numbers or a threshold choose; between, the gradient is right"
             )
             return
-        yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.")
+        meant = substitutes(context, graph)
+        of = f" Of {meant} a substitute derivative may be meant." if meant else ""
+        yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.{of}", certain=not meant)
     else:
         yield Finding("non_differentiable", f"{seen}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
+
+
+def substitutes(context: PreflightContext, graph: Graph) -> str:
+    """Names of the functions written by hand whose backward is none of their forward and meant, as of a spike; none
+    where another is wrong."""
+    checks = FunctionChecks()
+    checks.begin(graph.functions_by_hand)
+    context.run()
+    checks.finish()
+    wrong = [each for each in checks.found if each.wrong]
+    return listed(sorted({each.name for each in wrong})) if wrong and all(each.substitute for each in wrong) else ""
 
 
 def unfollowed(context: PreflightContext) -> list[str]:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
 
+from ris_fast.health.functions import FunctionChecks
 from ris_fast.health.watch.call_site import call_site
 from ris_fast.health.watch.copied_hook import CopiedHook
 from ris_fast.health.watch.copies import CopyRecord, copies_of
 from ris_fast.health.watch.draws import has_moved, own_dropouts, random_state
 from ris_fast.health.watch.eager import eager_hook, takes_hooks
 from ris_fast.health.watch.fingerprints import fingerprint_of
-from ris_fast.health.watch.functions import FunctionChecks
 from ris_fast.health.watch.graph import GraphLeaves, modules_of
 from ris_fast.health.watch.hooks import OptimizerHooks, plain_name
 from ris_fast.health.watch.modules import modules_record

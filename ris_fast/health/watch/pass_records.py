@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ris_fast.health.functions import FunctionCheck
     from ris_fast.health.watch.copies import CopyRecord
-    from ris_fast.health.watch.functions import FunctionCheck
     from ris_fast.health.watch.layers import LayersRecord
     from ris_fast.health.watch.module_records import AlikeUnits, ModulesRecord
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ris_fast.health.finding import Finding
+from ris_fast.health.functions import FunctionCheck
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.functions import FunctionCheck
 from ris_fast.health.watch.pass_records import ForwardRecord
 from ris_fast.health.watch.records import EARLY, LoopRecord
 
@@ -239,14 +239,16 @@ def _judge(check: FunctionCheck) -> str | None:
     size = float(forward.norm())
     if size <= 1e-9 * max(1.0, float(backward.norm())):
         return None  # no derivative: a rounding, a comparison
-    if float((forward - backward).norm()) <= 0.02 * size:
+    if not check.wrong:
         return None
     if float(backward.norm()) == 0:
         return "wrong_backward"
     cosine = float(torch.dot(forward, backward)) / (size * float(backward.norm()))
     if cosine < -0.999:
         return None  # turned round on purpose, for an adversary
-    return "gradient_scale_differs" if cosine > 0.9999 else "wrong_backward"
+    if cosine > 0.9999:
+        return "gradient_scale_differs"
+    return None if check.substitute else "wrong_backward"
 
 
 def float16_overflow(forward: ForwardRecord) -> Iterator[Finding]:

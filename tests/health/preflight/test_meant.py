@@ -82,6 +82,60 @@ def test_a_choice_of_the_largest_is_meant(choose: Callable, backward: Callable |
     assert causes(right_derivative, trainer) == ([] if backward is None else ["wrong_backward"])
 
 
+class Spike(torch.autograd.Function):
+    """A step with the derivative of a smooth one, as in spiking networks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x > 0).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / (1 + 5 * ctx.saved_tensors[0].abs()).square()
+
+
+class Clip(torch.autograd.Function):
+    """Changes nothing but the gradient, number by number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1e-4, 1e-4)
+
+
+class Square(torch.autograd.Function):
+    """With a factor of the gradient left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@pytest.mark.parametrize(
+    "made, certain",
+    [
+        (lambda x: x + Spike.apply(x), False),
+        (Clip.apply, False),
+        (lambda x: x + Square.apply(x), True),
+        (lambda x: Spike.apply(x) + Square.apply(x), True),
+    ],
+    ids=["spike", "clip", "square", "both"],
+)
+def test_a_substitute_derivative_may_be_meant(made: Callable, certain: bool) -> None:
+    trainer = Trainer(small("backprojection"))
+    on_output(trainer.model.norm, made)
+    assert [each.cause for each in right_derivative(PreflightContext(trainer))] == ["wrong_backward"]
+    assert [each.certain for each in right_derivative(PreflightContext(trainer))] == [certain]
+
+
 @pytest.mark.parametrize("middle, named", [(0.0, []), (15.0, ["loss_sign"])])
 def test_weights_of_scenes_are_meant_and_not_below_zero(middle: float, named: list[str]) -> None:
     trainer = Trainer(small("hybrid"))

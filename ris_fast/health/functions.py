@@ -17,17 +17,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 CALLS, NUMBERS, DIRECTIONS = 2, 2**18, 4
-STEP = 1e-4
+TOLERANCE = 0.02
+STEP, STEPPED = 1e-4, 0.05  # of the numbers that a step of their own size changes, a small step changes fewer
 FORMATS = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class FunctionCheck:
-    """(D,) derivatives along random directions: by differences of the forward, and by the backward."""
+    """(D,) derivatives along random directions: by differences of the forward, and by the backward; whether a backward
+    that is none of the forward is meant: see `_is_substitute`."""
 
     name: str
     by_forward: list[float]
     by_backward: list[float]
+    substitute: bool
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the two are apart."""
+        forward, backward = torch.tensor([self.by_forward, self.by_backward], dtype=torch.float64)
+        return float((forward - backward).norm()) > TOLERANCE * float(forward.norm())
 
 
 class FunctionChecks:
@@ -88,6 +97,34 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
     )
 
 
+def _is_substitute(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a backward that is no derivative is meant: the forward goes in steps, as a spike or a rounding does, or
+    it gives on what it is given, and the backward keeps the sign of each number, as one that clips does."""
+    given = [each.detach().double() if _is_real(each) else each for each in args]
+    (number, first), *others = [(n, each) for n, each in enumerate(given) if _is_real(each)]
+    leaf = first.clone().requires_grad_()
+
+    def called(value: Tensor) -> Any:
+        return function.apply(*given[:number], value, *given[number + 1 :])
+
+    made = called(leaf)
+    if not isinstance(made, Tensor) or not made.requires_grad:
+        return False
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    along, arriving = (torch.randn(each.shape, generator=generator).to(each) for each in (first, made))
+    if not others and torch.equal(made, first):
+        (left,) = torch.autograd.grad(made, leaf, arriving)
+        return bool((left * arriving >= 0).all())
+    size = float(first.abs().mean()) or 1.0
+    with torch.no_grad():
+        near, far = (float((called(first + step * size * along) != made).double().mean()) for step in (STEP, 1.0))
+    return near < STEPPED * far
+
+
+def _is_real(each: Any) -> bool:
+    return isinstance(each, Tensor) and each.is_floating_point()
+
+
 def check_function(function: Any, args: tuple[Any, ...]) -> FunctionCheck | None:
     """Derivatives of a call along random directions, in float64; None where it is not a function of its numbers."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -131,4 +168,4 @@ def check_function(function: Any, args: tuple[Any, ...]) -> FunctionCheck | None
         by_backward.append(sum(float((move * gradient).sum()) for move, gradient in pairs if gradient is not None))
     if not all(map(math.isfinite, by_forward + by_backward)):
         return None
-    return FunctionCheck(function.__name__, by_forward, by_backward)
+    return FunctionCheck(function.__name__, by_forward, by_backward, _is_substitute(function, args))
