@@ -55,24 +55,29 @@ class FunctionChecks:
         for function in functions:
             if alone and function not in self.checked and "apply" not in vars(function):
                 self.checked.add(function)
-                function.apply = self._wrapper(function)
-                self.wrapped.append(function)
+                self.wrapped.append((function, vars(function).get("forward")))
+                function.forward = staticmethod(self._wrapper(function))
 
     def _wrapper(self, function: Any) -> Any:
-        whole = function.apply
+        """In the place of `forward`: `apply` may have been taken from the class before."""
+        whole, without = function.forward, int(function.setup_context is torch.autograd.Function.setup_context)
 
-        def apply(*args: Any, **kwargs: Any) -> Any:
-            if not kwargs and sum(each is function for each, _ in self.calls) < CALLS and _is_plain_call(args):
-                kept = tuple(each.detach().clone() if isinstance(each, Tensor) else each for each in args)
+        def forward(*args: Any) -> Any:
+            plain = args[without:]  # of its ctx
+            if sum(each is function for each, _ in self.calls) < CALLS and _is_plain_call(plain):
+                kept = tuple(each.detach().clone() if isinstance(each, Tensor) else each for each in plain)
                 self.calls.append((function, kept))
-            return whole(*args, **kwargs)
+            return whole(*args)
 
-        return apply
+        return forward
 
     def finish(self, check: bool = True) -> None:
         """After it: takes the wrappers away, and checks."""
-        for function in self.wrapped:
-            del function.apply
+        for function, forward in self.wrapped:
+            if forward is None:
+                del function.forward  # which is that of its base again
+            else:
+                function.forward = forward
         calls, self.wrapped, self.calls = self.calls if check else [], [], []
         for function, args in calls:
             with torch.random.fork_rng(), torch.enable_grad():
