@@ -143,6 +143,11 @@ class OptimizerRecord:
         """Of all groups; one that is in two groups comes twice."""
         return [tensor for group in self.groups for tensor in group["params"]]
 
+    @property
+    def of_torch(self) -> bool:
+        """Whether its step is one of torch's own, or the fused one of this package."""
+        return self.kinds - {"object", "FusedAdamW"} <= set(vars(torch.optim))
+
 
 @dataclass(frozen=True)
 class LoopRecord:

@@ -149,7 +149,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *scaler_skips_all(records),
         *scale_or_clip(optimizer),
         *rules_scale.scale_left_in(loop, optimizer),
-        *rules_gradients.gradients_never_cleared(records),
+        *rules_gradients.gradients_never_cleared(optimizer),
         *step_called_twice(records),
         *rules_gradients.zeroed_gradients(records, loop.frozen),
         *rules_zero.zero_findings(loop, optimizer),

@@ -122,7 +122,7 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
     seen = [(change, kinds) for change, kinds in seen if kinds]
     if any(0 < each.changes == optimizer.plain.outside for each in optimizer.plain.rates.values()):
         return
-    climbs = not optimizer.kinds - {"object"} <= set(vars(torch.optim))  # its step may be one that climbs first
+    climbs = not optimizer.of_torch  # its step may be one that climbs first
     if seen and ((climbs and all(_undone_within(c) for c, _ in seen)) or _interpolated([c for c, _ in changes])):
         return
     if not seen or (len(seen) == 1 and set(seen[0][1].values()) == {"scaled"}):  # a constraint, for the first time

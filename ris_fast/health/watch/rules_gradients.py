@@ -245,17 +245,22 @@ def _reversed_at_times(steps: list[StepRecord]) -> Iterator[Finding]:
         )
 
 
-def gradients_never_cleared(records: list[StepRecord]) -> Iterator[Finding]:
+def gradients_never_cleared(optimizer: OptimizerRecord) -> Iterator[Finding]:
     """A gradient is still there at the backward after a step, and added to, in all of the first steps."""
+    records, doubt = optimizer.records, ""
     finite = [record for record in records if is_finite(record.grad_at_step)]  # a sum that grows may end in NaN
     uncleared = [bool(record.uncleared) for record in finite if record.uncleared is not None]
     if len(uncleared) > 1 and (all(uncleared) or sum(uncleared) >= max(3, len(uncleared) / 2)):
+        if not all(uncleared):
+            doubt = "They are cleared now and then, as once an epoch. " + MAY_BE_MEANT
+        elif not optimizer.of_torch:
+            doubt = "An optimizer of one's own may ask for the sum of all gradients, as dual averaging does."
         yield finding(
             "gradients_never_cleared",
             f"in {'all' if all(uncleared) else f'{sum(uncleared)} of'} {len(uncleared)} steps that were looked at, what"
             " came was added to the gradients of the step before.",
             records[-1].step + 1,
-            "" if all(uncleared) else "They are cleared now and then, as once an epoch. " + MAY_BE_MEANT,
+            doubt,
         )
 
 

@@ -58,7 +58,7 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
 
 def without_history(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Losses that do not depend on the model, where no backward pass reaches an output of it."""
-    if loop.forward is not None and any(each.reached for each in loop.forward.passes):
+    if _set_by_hand(loop) or (loop.forward is not None and any(each.reached for each in loop.forward.passes)):
         return
     step, count = losses[0].step + 1, len(losses)
     if all(each.made_anew for each in losses):
@@ -70,9 +70,7 @@ def without_history(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[
     elif not any(each.requires_grad for each in losses) and any(each.outputs_require_grad for each in losses):
         what = "tensors without a gradient" if losses[0].tensor else "plain numbers"
         yield finding("detached_loss", f"all {count} losses are {what}, though the outputs have one.", step)
-    elif (
-        {each.of_model for each in losses} <= {False, None} and losses[0].of_model is False and not _carried_over(loop)
-    ):
+    elif {each.of_model for each in losses} <= {False, None} and losses[0].of_model is False:
         yield finding(
             "detached_loss",
             f"{count} losses have a history, and no parameter of the model is in it.",
@@ -81,8 +79,9 @@ def without_history(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[
         )
 
 
-def _carried_over(loop: LoopRecord) -> bool:
-    """Whether gradients above zero are in every step, and no backward brought them: those of a copy of the model."""
+def _set_by_hand(loop: LoopRecord) -> bool:
+    """Whether gradients above zero are in every step, and no backward brought them: those of a copy of the model, or of
+    a formula."""
     steps = [each for by in loop.optimizers for each in by.records]
     return bool(steps) and all(
         bool(each.hooked) and len(each.none_grads) == len(each.hooked) and float(each.grad_at_step.norm()) > 0

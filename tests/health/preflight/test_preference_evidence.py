@@ -185,6 +185,23 @@ def test_a_network_that_reads_a_part_of_the_snapshots_is_named(shown: Any, named
     assert causes(information, trainer) == named * ["inputs_withhold_answer"]
 
 
+class Blind(Mixing):
+    """It is not shown the channel."""
+
+    def forward(self, snapshots: Tensor, channel: Tensor, codes: Tensor, snr_db: Tensor) -> Tensor:
+        known = torch.randn(channel.shape[1:], generator=torch.Generator().manual_seed(5))
+        return super().forward(snapshots, known.to(channel).expand_as(channel), codes, snr_db)
+
+
+@pytest.mark.parametrize("network, named", [(Mixing, False), (Blind, True)])
+def test_one_channel_for_all_scenes_need_not_be_seen(network: type[Mixing], named: bool) -> None:
+    config = small("backprojection")
+    trainer = Trainer(config, model=network(config.task, lambda field: field))
+    assert causes(information, trainer) == named * ["inputs_withhold_answer"]
+    on_batches(trainer, lambda s: replace(s, channel=s.channel[:1].expand_as(s.channel)))
+    assert causes(information, trainer) == []
+
+
 def test_an_average_whose_decay_is_exchanged_is_nearly_the_raw_weights() -> None:
     trainer, kept = Trainer(small("hybrid")), {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -219,6 +219,49 @@ def gradients_of_a_copy(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "detached_loss"
 
 
+class DualAveraging(torch.optim.Optimizer):
+    """Steps from the first weights along the sum of all gradients (Nesterov 2009), which `grad` holds."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.made = 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        self.made += 1
+        for weight in self.param_groups[0]["params"]:
+            first = self.state[weight].setdefault("first", weight.clone())
+            weight.copy_(first - 0.1 * self.made**-0.5 * weight.grad)
+
+
+def gradients_added_up(wrong: bool) -> tuple[list[Finding], str]:
+    """Gradients are never cleared: for an optimizer that asks for their sum, or for one of torch's."""
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3) if wrong else DualAveraging(model.parameters())
+    seen = watch(model, optimizer)
+    for _ in range(100):
+        x = torch.randn(32, 8)
+        F.mse_loss(model(x), x[:, :1]).backward()
+        optimizer.step()
+    return [each for each in seen.report() if each.certain], "gradients_never_cleared"
+
+
+def gradients_of_a_formula(wrong: bool) -> tuple[list[Finding], str]:
+    """The gradient of a linear model is written down; the loss is told, a number without a history. Or it is not."""
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    seen = watch(model, optimizer)
+    for _ in range(100):
+        x = torch.randn(32, 8)
+        made = model(x)
+        off = (made - x[:, :1]).detach()
+        if not wrong:
+            model.weight.grad, model.bias.grad = off.T @ x / 32, off.mean(0)
+        seen.loss(off.square().mean(), made, x[:, :1])
+        optimizer.step()
+    return seen.report(), "detached_loss"
+
+
 def layer_drawn_anew(wrong: bool) -> tuple[list[Finding], str]:
     """A layer is made in each pass: at random, at the input, as an augmentation, or behind the first by mistake."""
 
@@ -257,6 +300,8 @@ LOOPS = {
         steps_tried_again,
         gradients_of_a_copy,
         layer_drawn_anew,
+        gradients_added_up,
+        gradients_of_a_formula,
     )
 }
 
