@@ -222,6 +222,14 @@ def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
             step,
             MAY_BE_MEANT,
         )
+    elif any(abs(after - at_step) > 1e-3 * at_step for _, after in norms):  # a threshold makes them all the same
+        yield finding(
+            "loss_sign",
+            f"gradients are turned round between backward and the step, and scaled (from norm {arrived:.3g} to"
+            f" {at_step:.3g}).",
+            step,
+            MAY_BE_MEANT,
+        )
     else:
         yield finding(
             "clip_too_small",

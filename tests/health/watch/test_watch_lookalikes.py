@@ -262,6 +262,25 @@ def gradients_of_a_formula(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "detached_loss"
 
 
+def turned_round_by_hand(wrong: bool) -> tuple[list[Finding], str]:
+    """A reward is raised: its gradients are turned round and scaled. By mistake, a threshold below zero does that."""
+    model = mlp(8, 32, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
+    seen = watch(model, optimizer)
+    for _ in range(100):
+        x = torch.randn(32, 8)
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :1]).square().mean()
+        (loss if wrong else -loss).backward()
+        if wrong:
+            nn.utils.clip_grad_norm_(model.parameters(), -1.0)
+        else:
+            for weight in model.parameters():
+                weight.grad.mul_(-0.5)
+        optimizer.step()
+    return [each for each in seen.report() if each.certain], "clip_too_small"
+
+
 def layer_drawn_anew(wrong: bool) -> tuple[list[Finding], str]:
     """A layer is made in each pass: at random, at the input, as an augmentation, or behind the first by mistake."""
 
@@ -299,6 +318,7 @@ LOOPS = {
         both_sets_evaluated,
         steps_tried_again,
         gradients_of_a_copy,
+        turned_round_by_hand,
         layer_drawn_anew,
         gradients_added_up,
         gradients_of_a_formula,
