@@ -107,17 +107,18 @@ def right_derivative(context: PreflightContext) -> Iterator[Finding]:
                 f"{seen}{via(exits.detached)}; where a gradient is stopped on purpose, that is meant.",
                 certain=False,
             )
-    elif graph.written_by_hand or not graph.named(*ZERO_DERIVATIVE):
-        if right_between_jumps(context, list(errors)):
-            context.note = (
-                "the outputs jump where the largest numbers or a threshold choose; between, the gradient is right"
-            )
-            return
+        return
+    with context.full_precision():
+        between = right_between_jumps(context, list(errors))
+    if not graph.written_by_hand and (steps := graph.named(*ZERO_DERIVATIVE)):
+        doubt = ". Between their jumps the gradient is right, as of an angle that is wrapped" if between else ""
+        yield Finding("non_differentiable", f"{seen}; the path has {listed(steps)}{doubt}.", certain=not between)
+    elif between:
+        context.note = "outputs jump where the largest numbers or a threshold choose; between, the gradient is right"
+    else:
         meant = substitutes(context, graph)
         of = f" Of {meant} a substitute derivative may be meant." if meant else ""
         yield Finding("wrong_backward", f"{seen}{by_hand(graph)}.{of}", certain=not meant)
-    else:
-        yield Finding("non_differentiable", f"{seen}; the path has {listed(graph.named(*ZERO_DERIVATIVE))}.")
 
 
 def substitutes(context: PreflightContext, graph: Graph) -> str:

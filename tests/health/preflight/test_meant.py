@@ -82,6 +82,22 @@ def test_a_choice_of_the_largest_is_meant(choose: Callable, backward: Callable |
     assert causes(right_derivative, trainer) == ([] if backward is None else ["wrong_backward"])
 
 
+@pytest.mark.parametrize(
+    "made, certain",
+    [
+        (lambda x: x - x.round(), False),  # as an angle that is wrapped
+        (lambda x: x + 0.1 * (100.0 * x).round(), True),
+    ],
+    ids=["wrapped", "rounded"],
+)
+def test_a_wrap_is_right_between_its_jumps(made: Callable, certain: bool) -> None:
+    trainer = Trainer(small("backprojection"))
+    trainer.model.norm = nn.Sequential(nn.Linear(32, 2048), nn.Linear(2048, 32))
+    on_output(trainer.model.norm[0], lambda x: made(4.0 * x))
+    found = [(each.cause, each.certain) for each in right_derivative(PreflightContext(trainer))]
+    assert found == [("non_differentiable", certain)]
+
+
 class Spike(torch.autograd.Function):
     """A step with the derivative of a smooth one, as in spiking networks."""
 
