@@ -26,7 +26,7 @@ def launches_and_waits(call: Callable[[], Any], device: torch.device, steps: int
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
     synchronize(device)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
             call()
         # the profiler waits for the device when it stops, so that much is its own

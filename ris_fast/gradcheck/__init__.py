@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 
+BY_NUMPY = "only 0-dimensional arrays can be converted"  # said by numpy 2.4 to the interpreter of triton 3.6
+
+
 def run_gradcheck(device: str | torch.device | None = None, interpreter: bool = True) -> list[Row]:
     """All rows for this machine; the verdict is all(row.passed for row in rows).
 
@@ -76,6 +79,8 @@ def interpreted_rows() -> list[Row]:
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        if BY_NUMPY in last:
+            last += "; this triton's interpreter needs `pip install 'numpy<2.4'`"
         return [
             Row(
                 "every", "triton (interpreter)", "float64", passed=False, note=f"the interpreter process failed: {last}"

@@ -24,7 +24,10 @@ class Profile(Callback):
     def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
         self.folder, self.report, self.steps = folder, report, 0
         cuda = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda])
+        self.profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, *cuda],
+            acc_events=True,  # one cycle is all there is, and torch 2.11 warns without
+        )
 
     def on_step_start(self) -> None:
         self.steps += 1
