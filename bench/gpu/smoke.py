@@ -239,7 +239,7 @@ def dearest_kernels() -> dict[str, Any]:
         warnings.simplefilter("ignore", RuntimeWarning)
         _, captured, index = warm_step()
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * CUDA) as profiler:
+    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * CUDA, acc_events=True) as profiler:
         for _ in range(3):
             captured(index, PLANNED)
     spent = {

@@ -59,7 +59,7 @@ def test_fused_adamw_step_is_two_launches_without_sync() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         ours.step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             ours.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
