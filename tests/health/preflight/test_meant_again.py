@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as fn
 
-from bench.faults.patches import on_batches
+from bench.faults.patches import on_answer, on_batches
+from ris_fast.health.preflight import gradient, modes, scene_gradients, unread
 from ris_fast.health.preflight.distributions import distributions
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.scene_parts import physics
+from ris_fast.models.prediction import Prediction
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
+from ris_fast.training.validation import scene_nmse
 from tests.health.preflight.checking import causes, small
+from tests.health.preflight.test_own_networks import WIDTH, Tokens, attended, of
 
 SETTINGS: dict[str, Any] = {
     "task.bs_antennas": 4,
@@ -80,3 +86,83 @@ def test_a_few_measured_channels_differ_between_splits(channels: Callable[[Scene
     on_batches(trainer, _bank(0, 30))
     on_batches(trainer, channels, "val")
     assert causes(distributions, trainer) == named
+
+
+def _places_from_zero(net: Tokens, learned: bool) -> None:
+    net.place = nn.Parameter(torch.zeros_like(net.place), requires_grad=learned)
+
+
+@pytest.mark.parametrize(
+    "learned, mix, named",
+    [
+        (True, lambda net, x: attended(net, x).mean(1), []),
+        (False, lambda net, x: attended(net, x).mean(1), ["inputs_withhold_answer"]),
+        (True, lambda net, x: attended(net, x - net.place).mean(1), ["inputs_withhold_answer"]),
+    ],
+    ids=["learned", "fixed", "taken out again"],
+)
+def test_an_embedding_of_places_may_start_at_zero(learned: bool, mix: Callable, named: list[str]) -> None:
+    trainer = of(mix, lambda net: _places_from_zero(net, learned))
+    assert causes(unread.CHECKS["the network knows which place is which"], trainer) == named
+
+
+def _experts(net: Tokens, x: Tensor, told: slice) -> Tensor:
+    x = x.mean(1)
+    gates = net.linear(x)[:, :4].softmax(1)
+    rows = torch.arange(len(x))
+    gates = torch.where((rows < len(rows[told]))[:, None], gates, gates.detach())
+    return x + sum(gates[:, k : k + 1] * layer(x).tanh() for k, layer in enumerate(net.deep[:4]))
+
+
+@pytest.mark.parametrize("told, named", [(slice(None), []), (slice(0, 4), ["scenes_left_out"])], ids=["all", "four"])
+def test_experts_may_start_as_copies(told: slice, named: list[str]) -> None:
+    def start(net: Tokens) -> None:
+        for layer in net.deep[1:4]:
+            layer.load_state_dict(net.deep[0].state_dict())
+
+    trainer = of(lambda net, x: _experts(net, x, told), start)
+    assert causes(scene_gradients.SMALL_BATCH["every scene is learned from"], trainer) == named
+
+
+@pytest.mark.parametrize(
+    "drawn, named",
+    [
+        (lambda x: x.flip(1) if torch.rand(()) < 0.7 else x, []),
+        (lambda x: x.flip(1) if torch.rand(()) < 0.7 else x[:1].expand_as(x), ["heavy_dropout"]),
+        (lambda x: x + 3 * x.std() * torch.randn_like(x), ["heavy_dropout"]),
+    ],
+    ids=["a mirror image", "or of another scene", "noise"],
+)
+def test_a_choice_among_a_few_ways_to_answer_is_no_dropout(drawn: Callable, named: list[str]) -> None:
+    trainer = Trainer(small("hybrid"))
+    on_answer(trainer, lambda factor: drawn(factor) if trainer.model.training else factor)
+    found = list(modes.randomness(PreflightContext(trainer)))
+    assert [each.cause for each in found if each.cause == "heavy_dropout"] == named
+    assert all("no layer is a dropout" in each.evidence for each in found if each.cause == "heavy_dropout")
+
+
+@pytest.mark.parametrize("largest, share, named", [(True, 2, []), (False, 2, ["scenes_left_out"])])
+def test_a_loss_of_hard_examples_alone_is_meant(largest: bool, share: int, named: list[str]) -> None:
+    def mined(prediction: Prediction, scenes: Scenes) -> Tensor:
+        values = scene_nmse(prediction, scenes)
+        return values.topk(max(1, len(values) // share), largest=largest).values.mean()
+
+    trainer = Trainer(small("backprojection", **{"loss.cov": 0.0, "loss.cov_pred": 0.0}), loss=mined)
+    assert causes(scene_gradients.scenes_learned_from, trainer) == named
+
+
+@pytest.mark.parametrize(
+    "mix, named",
+    [
+        (lambda net, x: x + fn.linear(x, net.energy.weight), []),
+        (lambda net, x: x + 0 * net.energy(x.detach()).detach(), ["unused_head"]),
+    ],
+    ids=["its constant", "all of it"],
+)
+def test_a_constant_that_a_derivative_leaves_out_is_no_head(mix: Callable, named: list[str]) -> None:
+    def start(net: Tokens) -> None:
+        net.energy = nn.Linear(WIDTH, 1)
+        net.query, net.place = None, nn.Parameter(net.place.detach())
+        net.attention = net.recurrent = net.linear = net.deep = None
+
+    assert causes(gradient.CHECKS["every tensor gets a gradient"], of(mix, start)) == named
