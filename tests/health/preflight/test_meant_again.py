@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch.nn import functional as fn
 from bench.faults.patches import on_answer, on_batches
 from ris_fast.health.preflight import gradient, modes, scene_gradients, unread
 from ris_fast.health.preflight.distributions import distributions
+from ris_fast.health.preflight.own_terms import own_term
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.scene_parts import physics
 from ris_fast.models.prediction import Prediction
+from ris_fast.physics.real_complex import to_complex
 from ris_fast.physics.scenes import Scenes
 from ris_fast.training.trainer import Trainer
 from ris_fast.training.validation import scene_nmse
@@ -166,3 +169,20 @@ def test_a_constant_that_a_derivative_leaves_out_is_no_head(mix: Callable, named
         net.attention = net.recurrent = net.linear = net.deep = None
 
     assert causes(gradient.CHECKS["every tensor gets a gradient"], of(mix, start)) == named
+
+
+def _covariances_apart(prediction: Prediction, scenes: Scenes, transposed: bool, sign: float = 1.0) -> Tensor:
+    found, true = (to_complex(each) for each in (prediction.factor, scenes.factor))
+    found, true = (each / each.flatten(1).norm(dim=1).view(-1, 1, 1) for each in (found, true))
+    wanted = true @ (true.mT if transposed else true.mH)
+    return sign * (found @ found.mH - wanted).abs().square().sum((1, 2))
+
+
+@pytest.mark.parametrize(
+    "transposed, sign, named",
+    [(False, 1.0, []), (True, 1.0, ["conjugation_error"]), (False, -1.0, ["loss_sign"])],
+    ids=["right", "transposed", "negated"],
+)
+def test_a_transpose_in_an_own_term_is_no_sign(transposed: bool, sign: float, named: list[str]) -> None:
+    term = partial(_covariances_apart, transposed=transposed, sign=sign)
+    assert causes(own_term, Trainer(small("backprojection"), loss=term)) == named
