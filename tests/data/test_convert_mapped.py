@@ -153,6 +153,8 @@ def test_a_mistake_in_a_mapping_is_one_line(tmp_path: Path, name: str, capsys: p
     [
         ("snr", lambda t: 10 ** ((t + 25) / 10), "unit = 'linear' in [snr] fits"),
         ("doa", np.radians, "unit = 'rad' in [azimuth] and [elevation] fits"),
+        ("doa", lambda t: np.stack((t[0], 90 - t[1])), "Write 90 minus these: they are angles from the vertical"),
+        ("doa", lambda t: np.stack((t[0] % 360, t[1])), "between -90 and 90"),
         ("Y", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'Y': found 1 NaN"),
         ("doa", lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.nan, t), "key 'doa, dist': found 1 NaN"),
         ("dist", np.zeros_like, "key 'dist': found 0 in scene 0"),

@@ -123,6 +123,33 @@ def test_labels_check_allows_positions_the_reader_moved(tmp_path: Path) -> None:
     assert label_findings(run) == []
 
 
+def _noisy(far: np.ndarray) -> np.ndarray:
+    limit, edge = SMALL.range_max_m, np.quantile(far[far > 0], 0.99)
+    return np.where(far > edge, 1.06 * limit, far)
+
+
+@pytest.mark.parametrize(
+    "change, cause, certain, said",
+    [
+        (_noisy, "task_differs", False, "range_max_m=11."),
+        (lambda far: 1.5 * far, "task_differs", True, "range_max_m=15."),
+        (lambda far: 100.0 * far, "wrong_units", True, "in centimetres"),
+    ],
+    ids=["label noise", "another task", "centimetres"],
+)
+def test_ranges_past_the_limit_are_of_another_unit_or_another_task(
+    tmp_path: Path, change: Any, cause: str, certain: bool, said: str
+) -> None:
+    for split, scenes in (("train", 200), ("val", 24)):
+        arrays = original_arrays(scenes, split=split)
+        ranges = arrays["ptr"][:, 2 * SMALL.max_sources :]
+        ranges[:] = change(ranges)
+        write_npz(tmp_path / split / "shard_000.npz", arrays)
+    (found,) = truth.labels(PreflightContext(trainer(tmp_path, "training.batch_size=64")))
+    assert (found.cause, found.certain) == (cause, certain)
+    assert said in found.evidence + found.advice
+
+
 def test_trainer_widens_the_sector_to_the_served_sources(tmp_path: Path) -> None:
     """Near sources, seen from half an element off, lie outside the files' own sector; the pursuit finds them all the
     same."""

@@ -18,6 +18,7 @@ from ris_fast.data.errors import DataError
 
 MOST_DB = 60.0  # no measurement is this good on the whole
 MOSTLY = 0.95  # share of values within limits that settles their unit
+FILLED = 0.1  # of a sector, that angles reach which are in the unit that is asked about
 FEWEST = 8  # scenes from which a unit is doubted
 
 
@@ -38,10 +39,10 @@ def _check_angles(path: Path, mapping: FileMapping, found: Mapping[str, np.ndarr
     for name in ("azimuth", "elevation"):
         unit = mapping.entries[name].unit
         most = float(np.nanmax(np.abs(found[name]), initial=0.0))
-        if unit == "rad" and most > math.pi / 2:
-            raise _wrong(path, mapping, name, f"{most:.4g} rad", "at most pi/2 rad", f"unit = 'deg' in [{name}] fits.")
-        if unit == "deg" and most > math.pi / 2:
-            raise _wrong(path, mapping, name, f"{math.degrees(most):.4g} deg", "at most 90 deg", "Map another array.")
+        if most > math.pi / 2:
+            seen, most_there = (most, "pi/2") if unit == "rad" else (math.degrees(most), "90")
+            todo = _todo_beyond(name, unit, found, getattr(task, f"{name}_deg"))
+            raise _wrong(path, mapping, name, f"{seen:.4g} {unit}", f"at most {most_there} {unit}", todo)
     if len(found["azimuth"]) < FEWEST or min(task.azimuth_deg, task.elevation_deg) < 5.0:
         return
     both = [np.nanmax(np.abs(np.degrees(found[name])), initial=0.0) for name in ("azimuth", "elevation")]
@@ -54,6 +55,22 @@ def _check_angles(path: Path, mapping: FileMapping, found: Mapping[str, np.ndarr
             f"angles of a sector of {task.azimuth_deg:g} deg",
             "unit = 'rad' in [azimuth] and [elevation] fits.",
         )
+
+
+def _todo_beyond(name: str, unit: str, found: Mapping[str, np.ndarray], limit_deg: float) -> str:
+    """What makes angles of more than a right angle fit a sector. Args: found: values in our units."""
+    there = np.isfinite(found["range"]) & (found["range"] != 0) & np.isfinite(found[name])
+    values, limit = found[name][there], 1.1 * math.radians(limit_deg)
+    right_angle = "pi/2" if unit == "rad" else "90"
+    if values.size and bool((np.abs(math.pi / 2 - values) <= limit).all()):
+        return (
+            f"Write {right_angle} minus these: they are angles from the "
+            f"{'vertical' if name == 'elevation' else 'surface'}, and {name} is counted from the surface's normal."
+        )
+    as_degrees = float(np.radians(np.abs(values)).max(initial=0.0))
+    if unit == "rad" and FILLED * limit < as_degrees <= limit:
+        return f"unit = 'deg' in [{name}] fits."
+    return f"Map another array, or write angles from the surface's normal, between -{right_angle} and {right_angle}."
 
 
 def _check_range(path: Path, mapping: FileMapping, range_m: np.ndarray, task: Task) -> None:

@@ -25,6 +25,8 @@ SCENES, FEWEST = 256, 24
 SIGNIFICANCE = 1e-7  # of all tests together, were the two the same
 APART = 0.2  # of D, below which a difference is small however many scenes show it
 BEYOND_DB, BEYOND = 3.0, 0.02  # beyond a label's own error; share of the scenes that lie there
+FEWEST_GROUPS, Z_OF_GROUPS = 5, 8.0  # scenes with one channel; standard deviations between the means of two samples
+SHIFTED = 0.1  # of a logarithm or of a mean over the rms, that some few channels do not differ by
 NEARER = 0.8  # times D, in a later epoch
 WIDE = 0.5  # of the span that the task says, between the outer tenths of the values
 UNITS = (  # in which a place may be written: times what gives radians, and metres
@@ -180,14 +182,22 @@ def _unlike_each_other(
         one = {name: one[name] for name in kept}
     found: dict[str, tuple[float, str]] = {}
     tests = len(one.keys() & other.keys())
+    groups = [_same_channels(scenes) for scenes in (training, validation)]
     for name in one.keys() & other.keys():
-        a, b = (each[each.isfinite()].double().cpu().sort()[0] for each in (one[name], other[name]))
+        finite = [each[name].isfinite() for each in (one, other)]
+        sizes = [  # what is measured in some scenes alone has no number of a channel for each
+            _independent(each[name][kept].double().cpu(), group[kept.cpu()])
+            if len(kept) == len(group)
+            else float(kept.sum())
+            for each, kept, group in zip((one, other), finite, groups)
+        ]
+        a, b = (each[name][kept].double().cpu().sort()[0] for each, kept in zip((one, other), finite))
         if min(len(a), len(b)) < FEWEST:
             continue
         distance = two_sample_distance(a, b)
         if name in then and two_sample_distance(then[name].double().cpu().sort()[0], b) < NEARER * distance:
             continue
-        if distance > APART and chance(distance, len(a) * len(b) / (len(a) + len(b))) * tests < SIGNIFICANCE:
+        if distance > APART and _beyond_chance(a, b, distance, sizes, SIGNIFICANCE / tests):
             found[name] = (distance, f"{name}: training {_shown(a)}, validation {_shown(b)}")
     names = sorted(found, key=lambda name: -found[name][0])
     if not names:
@@ -196,6 +206,43 @@ def _unlike_each_other(
         f"training and validation scenes differ in {listed(names)} (by more than chance, distance"
         f" {found[names[0]][0]:.2f} of at most 1); {'; '.join(found[name][1] for name in names[:2])}"
     ]
+
+
+def _same_channels(scenes: Scenes) -> Tensor:
+    """The number of each scene's channel among the different ones, (B,), as where a few were measured and many scenes
+    were made with each; a number for each scene where there are no channels."""
+    if scenes.channel is None:
+        return torch.arange(scenes.batch)
+    return scenes.channel.flatten(1).cpu().unique(dim=0, return_inverse=True)[1]
+
+
+def _independent(values: Tensor, group: Tensor) -> float:
+    """As how many independent scenes these count, (B,), where those of one group are alike in part or in full.
+
+    Model: of groups of m with the correlation r within a group, B / (1 + (m - 1) r).
+    """
+    counts = group.bincount()
+    groups = int((counts > 0).sum())
+    if groups == len(values) or len(values) < 2 or not float(values.var()) > 0:
+        return float(len(values))
+    means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, group, values) / counts.clamp_min(1)
+    within = float((values - means[group]).square().sum()) / max(1, len(values) - groups)
+    alike = min(1.0, max(0.0, 1.0 - within / float(values.var())))
+    return len(values) / (1.0 + (float(counts.square().sum()) / len(values) - 1.0) * alike)
+
+
+def _beyond_chance(a: Tensor, b: Tensor, distance: float, sizes: list[float], significance: float) -> bool:
+    """Whether two samples differ, sorted, that count as so many independent scenes."""
+    as_if = [float(len(a)), float(len(b))]
+    if chance(distance, as_if[0] * as_if[1] / sum(as_if)) >= significance:
+        return False
+    if sizes == as_if or chance(distance, sizes[0] * sizes[1] / sum(sizes)) < significance:
+        return True
+    # A distance of distribution functions says little of a few groups; how far their means are apart says more.
+    shift = abs(float(a.mean() - b.mean()))
+    if min(sizes) < FEWEST_GROUPS:  # too few to say how much groups differ by chance
+        return shift > SHIFTED
+    return shift > Z_OF_GROUPS * math.sqrt(sum(float(each.var()) / size for each, size in zip((a, b), sizes)))
 
 
 def _masked(scenes: Scenes) -> bool:

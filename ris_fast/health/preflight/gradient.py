@@ -26,6 +26,7 @@ from ris_fast.physics.scenes import Scenes
 
 BOUNDED = ("Clamp", "Hardtanh", "Hardsigmoid", "Hardswish")
 UNDERFLOW = 2.0**20
+NO_WEIGHT = 1e-3  # of the weights, that a vector or two of a layer are
 LEFTOVER = 0.01  # of the weights, which does not keep a network from learning
 OTHERS = 8  # draws of random numbers, each with other scenes
 
@@ -223,6 +224,9 @@ def _silent(
         share = sum(context.parameters[name].numel() for name in unused) / sum(
             p.numel() for p in context.parameters.values()
         )
+        if share < NO_WEIGHT and all(_beside_a_live_weight(context, name, unused) for name in unused):
+            context.note = f"{listed(unused)}: what a derivative or a difference leaves out, and too few to matter"
+            return
         made = [name for name in unused if name.rpartition(".")[0] in called]
         answers = [each for each in context.run()[2] if each is not None and each.requires_grad]
         leaves = set().union(*(graph_of(each).leaves for each in answers))
@@ -233,6 +237,14 @@ def _silent(
             f"{'' if made else ' No forward pass calls what they belong to.'}",
             certain=answering or share > LEFTOVER and bool(made),  # a run learns beside what nothing calls
         )
+
+
+def _beside_a_live_weight(context: PreflightContext, name: str, unused: list[str]) -> bool:
+    """Whether a tensor is a vector of a layer whose matrix is learned, as the last constant of an energy that the
+    network answers with the derivative of."""
+    layer = name.rpartition(".")[0]
+    siblings = [each for each in context.trainable if each.rpartition(".")[0] == layer and each not in unused]
+    return context.parameters[name].dim() < 2 and any(context.parameters[each].dim() > 1 for each in siblings)
 
 
 def _rows_of_calls(context: PreflightContext) -> dict[str, list[float]]:

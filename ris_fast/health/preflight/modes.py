@@ -31,6 +31,11 @@ FOLLOW = 0.7  # of the first statistics at most that are left by then, where the
 UNSETTLED = 0.5  # relative difference of the answers; a batch's own statistics make 0.03 to 0.2 with 16 to 64 scenes
 UNLIKE = 2.0  # times what dropout makes
 EXPLAINS = 0.3  # of the difference, that a module by itself makes
+DRAWN = (
+    "Look for what draws random numbers in forward, as noise, a mask or a random order, and for how much of the signal"
+    " it leaves."
+)
+DRAWS, FEW_WAYS = 16, 4  # passes of other random numbers; answers that a choice among a few has at most
 MOST = 200  # modules that are switched one by one
 
 
@@ -75,11 +80,15 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
     if loud:  # a phase that is drawn anew changes factors, and no covariance
         noise_of_r, spread_of_r = _in_covariances(*answers)
         loud = noise_of_r**2 / 2 > OF_COVARIANCES * max(spread_of_r, 1e-12) ** 2
+    if loud and not dropped and (ways := _ways(context, scenes)):
+        context.note = f"training mode draws one of {ways} ways to answer, as augmentation does"
+        loud = False
     if loud or dropped >= MOSTLY:
         yield Finding(
             "heavy_dropout",
             f"two answers to the same scenes differ by {noise:.0%}, different scenes by {spread:.0%}"
-            f"{f'; dropout {dropped:g}' if dropped else ''}.",
+            f"{f'; dropout {dropped:g}' if dropped else '; no layer is a dropout, so something else is drawn'}.",
+            advice="" if dropped else DRAWN,
             certain=dropped >= MOSTLY,  # answers of an untrained network may be much alike, and small beside the noise
         )
     elif _reseeds(context, scenes):
@@ -95,6 +104,22 @@ def randomness(context: PreflightContext) -> Iterator[Finding]:
     elif relative_change(first, answers[0]) > max(CLOSE, UNLIKE * noise) and not in_eval_mode and not evaluation:
         if not _rounded_in_evaluation(context, scenes, relative_change(first, answers[0])):
             yield from _modes_apart(context, noise)
+
+
+def _ways(context: PreflightContext, scenes: Scenes) -> int:
+    """Among how many answers to each scene training mode chooses by chance, where they are few and each tells scenes
+    apart, as of a mirror image that is drawn; 0 where answers are as many as draws, or one says nothing."""
+    answers = torch.stack([_training_answer(context, scenes, seed).flatten(1) for seed in range(1, DRAWS + 1)])
+    size = answers.square().mean().sqrt()
+    ways = 0
+    for row in range(answers.shape[1]):
+        of_one, different = answers[:, row], []
+        for each in of_one:
+            if all(float((each - other).square().mean().sqrt()) > SAME * float(size) for other in different):
+                different.append(each)
+        ways = max(ways, len(different))
+    spread = (answers - answers.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
+    return ways if ways <= FEW_WAYS and float(spread.min()) > EXPLAINS * float(spread.max()) else 0
 
 
 def _reseeds(context: PreflightContext, scenes: Scenes) -> bool:

@@ -15,7 +15,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import graph_of
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.health.preflight.terms import leaf
-from ris_fast.health.preflight.truth import COVARIANCE, OTHERS, asks_others, oracle, term_values
+from ris_fast.health.preflight.truth import COVARIANCE, OTHERS, ZERO, asks_others, oracle, term_values
 from ris_fast.models.prediction import Prediction
 from ris_fast.training.loss_terms import active_sources
 
@@ -83,6 +83,15 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
     way = [term_values(context, _nearer(guess, right, share), scenes)[name] for share in (0.0, 0.5, 0.8, 1.0)]
     if all(math.isfinite(value) for value in way) and all(b > a + GROWS * abs(a) for a, b in zip(way, way[1:])):
         values = ", ".join(f"{value:.3g}" for value in way)
+        if real := _falls_of_real_factors(context, name, guess):
+            yield Finding(
+                "conjugation_error",
+                f"on the way from the answers of an untrained network to the truth the term {name} takes the values"
+                f" {values}: it grows as the answer gets better. Of factors whose imaginary parts are all zero it takes"
+                f" {real}: a transpose or a sign of the imaginary part is another on one side than on the other.",
+                certain=False,
+            )
+            return
         yield Finding(
             "loss_sign",
             f"on the way from the answers of an untrained network to the truth the term {name} takes the values"
@@ -90,6 +99,18 @@ def own_term(context: PreflightContext) -> Iterator[Finding]:
             " grows as the answer gets better. Where it holds the network back on purpose, that is meant.",
             certain=False,
         )
+
+
+def _falls_of_real_factors(context: PreflightContext, name: str, guess: Prediction) -> str:
+    """The values of a term on the way to the truth where no factor has an imaginary part, and a transpose is a
+    conjugate one; '' where they do not fall to next to nothing."""
+    real = torch.tensor([1.0, 0.0]).to(guess.factor)
+    scenes, first = context.scenes, guess._replace(factor=guess.factor * real)
+    scenes = replace(scenes, factor=scenes.factor * real)
+    right = oracle(scenes, first)
+    way = [term_values(context, _nearer(first, right, share), scenes)[name] for share in (0.0, 0.5, 0.8, 1.0)]
+    falls = all(math.isfinite(value) for value in way) and all(b < a for a, b in zip(way, way[1:]))
+    return ", ".join(f"{value:.3g}" for value in way) if falls and way[-1] < ZERO * way[0] else ""
 
 
 def _nearer(guess: Prediction, right: Prediction, share: float) -> Prediction:

@@ -15,6 +15,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.preflight.autograd import flattened_at
 from ris_fast.health.preflight.derivatives import derivatives
 from ris_fast.health.preflight.measures import all_finite, listed
+from ris_fast.health.preflight.persistent import persistent
 from ris_fast.health.preflight.probe import PreflightContext, layer_calls
 from ris_fast.health.preflight.terms import leaf
 from ris_fast.health.preflight.truth import COVARIANCE
@@ -53,10 +54,18 @@ def scenes_learned_from(context: PreflightContext) -> Iterator[Finding]:
         outputs = [value for value in again if value is not None and value.requires_grad]
         reached |= _rows([part for part in derivatives(total, outputs) if part is not None])
         left_out = ~reached & _has_slope(context, prediction, scenes, ~reached)
-        if float(left_out.float().mean()) > FEW_MISSED:
-            share = float(left_out.float().mean())
+        share = float(left_out.float().mean())
+        hardest = share > FEW_MISSED and _easiest(context, prediction, scenes, left_out)
+        if share > FEW_MISSED and not (hardest and share <= 1 - FEW_MISSED):
             own = getattr(context.loss, "own_name", "")
-            yield _left_out(scenes, left_out, "no gradient at the output", certain=share > HALF and not own)
+            more = " They are those of the lowest loss: where hard examples are mined on purpose, that is meant."
+            yield _left_out(
+                scenes,
+                left_out,
+                "no gradient at the output",
+                certain=share > HALF and not own,
+                more=more if hardest else "",
+            )
         return
     if (finding := _without_factor(context, prediction, scenes, terms)) is not None:
         yield finding
@@ -160,12 +169,13 @@ def _without_count(
 
 @torch.no_grad()
 def _one_value(context: PreflightContext, prediction: Prediction, scenes: Scenes, rows: Tensor) -> float | None:
-    """The value that the covariance terms have for each of these scenes by itself; None where it is not one."""
-    values = set()
+    """The value that the terms of the covariance, or the user's own, have for each of these scenes by itself; None
+    where it is not one."""
+    values, named = set(), (*COVARIANCE, getattr(context.loss, "own_name", ""))
     for row in rows.nonzero()[:FEWEST, 0].tolist():
         one = slice(row, row + 1)
         terms = context.loss(prediction.apply(lambda value, one=one: value[one]), scenes[one])[1]
-        values.add(tuple(float(terms[name]) for name in COVARIANCE if name in terms))
+        values.add(tuple(float(terms[name]) for name in named if name in terms))
     return next(iter(values))[0] if len(values) == 1 and int(rows.sum()) >= FEWEST else None
 
 
@@ -232,6 +242,20 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.flatten(1).bool().any(1) for part in parts]).any(0)
 
 
+@torch.no_grad()
+def _easiest(context: PreflightContext, prediction: Prediction, scenes: Scenes, rows: Tensor) -> bool:
+    """Whether some scenes are those that have the lowest loss by themselves: the loss then learns from the hardest."""
+    values = torch.tensor(
+        [
+            float(context.loss(prediction.apply(lambda value, at=at: value[at : at + 1]), scenes[at : at + 1])[0])
+            for at in range(scenes.batch)
+        ]
+    )
+    rows = rows.cpu()
+    kept, left = values[~rows], values[rows]
+    return len(kept) > 0 and float(left.max()) <= float(kept.min()) + RIGHT * float(kept.abs().max())
+
+
 def _has_slope(context: PreflightContext, prediction: Prediction, scenes: Scenes, rows: Tensor) -> Tensor:
     """Of some scenes, whether the loss of each alone has a gradient at the output: (B,)."""
     found = torch.zeros_like(rows)
@@ -295,5 +319,5 @@ def _missing(context: PreflightContext, group: Sequence[Scenes]) -> list[frozens
     return found
 
 
-SMALL_BATCH = {"every scene is learned from": scenes_learned_from}
+SMALL_BATCH = {"every scene is learned from": persistent(scenes_learned_from, "scenes_left_out")}
 WHOLE_STEP = {"every micro-batch reaches the same tensors": micro_batches}

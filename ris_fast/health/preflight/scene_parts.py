@@ -28,7 +28,7 @@ from ris_fast.health.preflight.probe import AFTERWARDS, FEWEST, PreflightContext
 from ris_fast.health.preflight.refit import explains
 from ris_fast.health.preflight.rereads import REDRAWN
 from ris_fast.health.preflight.scenes import all_scenes
-from ris_fast.health.preflight.snr import as_measured, labels_differ
+from ris_fast.health.preflight.snr import as_measured, labels_differ, shifted_by
 from ris_fast.physics.array import RISArray
 from ris_fast.physics.real_complex import conj
 from ris_fast.physics.scenes import Scenes
@@ -111,8 +111,7 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
     said."""
     model = context.config.task.symbols
     found = belonging(scenes, model == "static")
-    broken, decided = int(found.broken.sum()), int(found.decided.sum())
-    partly = broken >= FEWEST and broken >= 0.01 * decided
+    broken, decided, partly = int(found.broken.sum()), int(found.decided.sum()), _partly(found)
     if not found.mixed_up and not partly:
         other = _other_symbols(context, what, scenes)
         labels, said = labels_differ(what, scenes, model == "static") if other is None else (other, "")
@@ -145,12 +144,23 @@ def _together(context: PreflightContext, what: str, scenes: Scenes) -> tuple[Fin
             return Finding(cause, f"{seen}; {how} they explain {share:.0%}.", advice=advice), ""
     if fitted := explains(scenes, model == "static"):
         return Finding("parts_unrelated", f"{seen}; {fitted}.", advice=NO_CODES), ""
+    labels, _ = labels_differ(what, scenes, model == "static")
+    if labels is not None and labels.advice:  # one shift or unit; it may be all that the scenes lack
+        shifted = replace(scenes, snr_db=scenes.snr_db - shifted_by(scenes, model == "static"))
+        then = belonging(shifted, model == "static")
+        if not then.mixed_up and not _partly(then):
+            return labels, ""
     if not _of_some_field(scenes, rows, model == "static"):
-        labels, _ = labels_differ(what, scenes, model == "static")
         if labels is not None:
             return labels, ""
     cause, how, advice = _unpaired(scenes, rows, found, model == "static")
     return Finding(cause, f"{seen}: {how}.", advice=advice), ""
+
+
+def _partly(found: Belonging) -> bool:
+    """Whether more scenes than a few do not belong together, one by one."""
+    broken = int(found.broken.sum())
+    return broken >= FEWEST and broken >= 0.01 * int(found.decided.sum())
 
 
 def _mean(found: Belonging, rows: Tensor) -> float:

@@ -40,15 +40,16 @@ def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | No
         return None, ""
     far = found.away_db.abs() > FAR_DB + CLEAR * found.deviation_db
     middle = float(found.away_db.median())
-    if float(far.float().mean()) < MANY:
+    if float(far.float().mean()) < MANY and not _shifted_alike(found, middle):
         high = "high" if middle > 0 else "low"
         return None, (
             f"snr labels of the {what} scenes are {abs(middle):.1f} dB too {high} at the median"
             if abs(middle) > OFFSET_DB
             else ""
         )
+    many = measured if float(far.float().mean()) < MANY else int(far.sum())
     seen = (
-        f"in {int(far.sum())} of {measured} {what} scenes whose sources plainly are those of their snapshots, the snr"
+        f"in {many} of {measured} {what} scenes whose sources plainly are those of their snapshots, the snr"
         f" label is not the SNR that the snapshots have: labels {_ends(found.labels_db)}, measured"
         f" {_ends(found.measured_db)} dB"
     )
@@ -62,6 +63,20 @@ def labels_differ(what: str, scenes: Scenes, static: bool) -> tuple[Finding | No
         )
         return Finding("snr_labels_differ", f"{seen}; {how}.", certain=False), ""
     return Finding("snr_labels_differ", f"{seen}; {how}.", advice=advice), ""
+
+
+def shifted_by(scenes: Scenes, static: bool) -> float:
+    """By how much the labels of all scenes are too high at the median, in dB."""
+    return float(measure_snr(scenes, static).away_db.median())
+
+
+def _shifted_alike(found: SnrLabels, middle: float) -> bool:
+    """Whether labels that vary are all off by the same, though by too little to be told of one scene by itself: the
+    median of many scenes is known much better than any of them."""
+    error_db = float(found.deviation_db.median()) / math.sqrt(len(found.deviation_db))
+    labels_vary = float(found.labels_db.max() - found.labels_db.min()) > FAR_DB
+    off = abs(middle) > FAR_DB + CLEAR * error_db
+    return off and labels_vary and _apart(found.away_db - middle) < ALIKE_DB and _floor_db(found) is None
 
 
 def _floor_db(found: SnrLabels) -> float | None:

@@ -14,6 +14,7 @@ from torch.nn import functional as fn
 
 from ris_fast.data.geometry import Reach
 from ris_fast.health.finding import Finding
+from ris_fast.health.preflight.distributions import UNITS, WIDE
 from ris_fast.health.preflight.misjudged import reason, which_scene
 from ris_fast.health.preflight.probe import PreflightContext
 from ris_fast.models.prediction import Prediction
@@ -28,6 +29,9 @@ OTHERS = 1e-3  # relative change of a direction that rounding does not make
 SHIFT_RAD, SHIFT_LOG = 0.02, 0.05
 NOISY = 0.1  # of the size of the true factors
 COVARIANCE = ("cov", "cov_pred")
+LOOKED_AT = 256  # scenes of files
+FEW_BEYOND = 0.03  # share of the sources, that errors of their labels alone take past a limit
+A_TENTH = 0.1  # of a unit: a larger one may explain by chance how far sources go
 LOCATED = {"angle": "azimuth", "range": "range_m", "chamfer": "azimuth"}
 
 
@@ -263,12 +267,54 @@ def labels(context: PreflightContext) -> Iterator[Finding]:
     reach = getattr(context.trainer.source, "reach", None)
     if reach is not None:
         stored, served = reach
-        yield from _beyond("the files' ", stored, allowed, "the task says")
+        if (found := _files_beyond(context, stored, allowed)) is not None:
+            yield found
+            return
         allowed = served
     if scenes.azimuth is not None:
         seen = Reach()
         seen.include(scenes.azimuth, scenes.elevation, scenes.range_m, scenes.range_m > 0)
         yield from _beyond("", seen, allowed, "the task says" if reach is None else "the files say")
+
+
+def _files_beyond(context: PreflightContext, stored: Reach, allowed: Reach) -> Finding | None:
+    """The first quantity that goes further in the files than the task says: in another unit, or because the task says
+    too little. A unit moves all of the sources by its factor; what no unit explains is a setting that fits loosely."""
+    for name, limit_name, unit in (
+        ("azimuth", "azimuth_deg", "rad"),
+        ("elevation", "elevation_deg", "rad"),
+        ("range_m", "range_max_m", "m"),
+    ):
+        high, limit = getattr(stored, name), getattr(allowed, name)
+        if not high > 1.01 * limit + 1e-6:
+            continue
+        seen = f"the files' {name.removesuffix('_m')}s go up to {high:.4g}; the task says {limit:.4g} {unit}"
+        for other, factor in UNITS[name == "range_m"].items():
+            if factor < 1 and WIDE * limit <= factor * high <= 1.01 * limit:
+                return Finding("wrong_units", f"{seen}, which they keep to in {other}.", certain=factor < A_TENTH)
+        share = _share_beyond(context, name, 1.01 * limit)
+        fits = high if name == "range_m" else math.degrees(high)
+        digits = 10.0 ** (1 - math.floor(math.log10(fits)))
+        setting = f"task.{limit_name}={math.ceil(fits * digits) / digits:g}"
+        return Finding(
+            "task_differs",
+            f"{seen}. {share:.1%} of the sources of training scenes lie beyond it, and no other unit explains that.",
+            advice=f"Give --set {setting}. A label that is measured has an error, which may take a few past the limit.",
+            certain=share > FEW_BEYOND,
+        )
+    return None
+
+
+def _share_beyond(context: PreflightContext, name: str, limit: float) -> float:
+    """Of the sources of scenes from all over the training files, how many lie beyond a limit."""
+    source = context.trainer.source
+    size = source.size("train")
+    rows = torch.linspace(0, size - 1, min(LOOKED_AT, size)).long().to(source.index_device)
+    scenes = source.batch("train", rows)
+    values, active = getattr(scenes, name), scenes.range_m
+    if values is None or active is None or not bool((active > 0).any()):
+        return 1.0
+    return float((values[active > 0].abs() > limit).float().mean())
 
 
 def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Finding]:

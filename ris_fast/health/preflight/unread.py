@@ -246,5 +246,5 @@ def _last_answer(
 
 CHECKS = {
     "what the first layers make of scenes is read": persistent(read_by_something, "ignored_input"),
-    "the network knows which place is which": knows_places,
+    "the network knows which place is which": persistent(knows_places, "inputs_withhold_answer"),
 }

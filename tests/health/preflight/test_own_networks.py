@@ -126,7 +126,7 @@ NETWORKS: dict[str, tuple[Any, Mix, Mix, list[tuple[str, bool]]]] = {
         [("ignored_input", False)],
     ),
     "a mean over the places without an embedding of them": (
-        unread.knows_places,
+        unread.CHECKS["the network knows which place is which"],
         lambda net, x: attended(net, x - net.place).mean(1),
         lambda net, x: attended(net, x).mean(1),
         [("inputs_withhold_answer", False)],
