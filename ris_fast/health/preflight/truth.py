@@ -274,7 +274,7 @@ def labels(context: PreflightContext) -> Iterator[Finding]:
     if scenes.azimuth is not None:
         seen = Reach()
         seen.include(scenes.azimuth, scenes.elevation, scenes.range_m, scenes.range_m > 0)
-        yield from _beyond("", seen, allowed, "the task says" if reach is None else "the files say")
+        yield from _beyond(seen, allowed, "the task says" if reach is None else "the files say")
 
 
 def _files_beyond(context: PreflightContext, stored: Reach, allowed: Reach) -> Finding | None:
@@ -317,14 +317,12 @@ def _share_beyond(context: PreflightContext, name: str, limit: float) -> float:
     return float((values[active > 0].abs() > limit).float().mean())
 
 
-def _beyond(whose: str, seen: Reach, allowed: Reach, says: str) -> Iterator[Finding]:
+def _beyond(seen: Reach, allowed: Reach, says: str) -> Iterator[Finding]:
     """The first quantity that goes further than allowed."""
     for name, unit in (("azimuth", "rad"), ("elevation", "rad"), ("range_m", "m")):
         high, limit = getattr(seen, name), getattr(allowed, name)
         if high > 1.01 * limit + 1e-6:
-            yield Finding(
-                "wrong_units", f"{whose}{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}."
-            )
+            yield Finding("wrong_units", f"{name.removesuffix('_m')}s go up to {high:.4g}; {says} {limit:.4g} {unit}.")
             return
 
 
