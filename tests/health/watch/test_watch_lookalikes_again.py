@@ -62,3 +62,21 @@ def test_what_looks_alike_is_told_apart(loop: Loop, wrong: bool) -> None:
     found, cause = loop(wrong)
     causes = [each.cause for each in found]
     assert cause in causes if wrong else not found, causes
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+def test_complex_numbers_are_read_without_a_warning(told: bool, recwarn: pytest.WarningsRecorder) -> None:
+    """Weights, masks, frozen layers, outputs and targets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16, dtype=torch.cfloat), nn.Linear(16, 16, dtype=torch.cfloat))
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.Adam(model[:1].parameters(), lr=1e-3)
+    seen, mask = watch(model, optimizer, every=1), 2 * (torch.rand(16, 16) > 0.5).to(torch.cfloat)
+    model.register_forward_hook(lambda _, __, made: made * mask)
+    for _ in range(40):
+        x = torch.randn(16, 8, dtype=torch.cfloat)
+        made, asked = model(x), x.repeat(1, 2)
+        loss = (made - asked).abs().square().mean()
+        step(optimizer, seen.loss(loss, made, asked) if told else loss)
+    seen.report()
+    assert not recwarn.list
