@@ -14,7 +14,7 @@ from ris_fast.health.watch.changes import OutsideChange
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
 from ris_fast.health.watch.kinds_of_change import kind_of_change
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
-from ris_fast.health.watch.rules_zero import gradient_underflow
+from ris_fast.health.watch.rules_zero import lies_where_float16_ends
 
 EPISODE = 4  # steps, at least
 STOPPED = 8  # looks in a row without effect, at the end
@@ -206,7 +206,7 @@ def low_precision_weights(optimizer: OptimizerRecord, changes: Kinds) -> Iterato
     if (
         optimizer.steps >= 32
         and live >= 64
-        and not any(gradient_underflow(optimizer))
+        and not lies_where_float16_ends(optimizer.gradient)
         and held >= 0.75 * live
         and _rate_moves(optimizer)
     ):

@@ -144,11 +144,16 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
 
 
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
-    """Some batches are all zeros, and others are not."""
+    """Some batches are all zeros, and others are not, more often than batches of scenes come out empty by chance of
+    which some are."""
     zero = [each for each in trained if not bool(each.keys.any())]
     if {each.shape for each in zero} - {each.shape for each in trained if bool(each.keys.any())}:
         return  # a point of its own
-    if len(zero) >= 3 and 2 * len(zero) <= len(trained):
+    if all(each.keys.shape[1] == 1 and bool((each.keys == each.keys.trunc()).all()) for each in trained):
+        return  # one whole number a scene: zero is one as any other
+    by_chance = _empty_by_chance(trained)
+    often = len(zero) > by_chance + 3 * max(1.0, by_chance) ** 0.5
+    if len(zero) >= 3 and 2 * len(zero) <= len(trained) and often:
         yield finding(
             "empty_cache_slot",
             f"the inputs of {len(zero)} of {len(trained)} passes that were looked at are all zeros, first in step"
@@ -156,6 +161,14 @@ def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
             zero[0].step + 1,
             "Inputs that are masked for whole batches look so: a condition that is left out now and then.",
         )
+
+
+def _empty_by_chance(trained: list[PassRecord]) -> float:
+    """How many batches would be, if each scene were empty as often as all are together; each number, where a batch is
+    one scene."""
+    filled = [(each.keys != 0).any(1) if len(each.keys) > 1 else (each.keys != 0)[0] for each in trained]
+    empty = 1 - float(torch.cat(filled).double().mean())
+    return sum(empty ** len(each) for each in filled)
 
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
