@@ -28,7 +28,6 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.schedulers import Schedulers, loss_scales
 from ris_fast.health.watch.start import Start, as_drawn
 
-
 SEVERAL = (
     "watch: several optimizers are given, one by one. Give them as one list, e.g. watch(model, [optimizer, other]); the"
     " arguments after it have names."
@@ -248,8 +247,8 @@ def check_every(every: Any, optimizers: int) -> None:
         raise ValueError(SEVERAL)
     if not optimizers or not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(
-            f"watch: {optimizers} optimizers and every={_shown(every)}. Give at least one optimizer, and a whole number of"
-            " steps from 1 on."
+            f"watch: {optimizers} optimizers and every={_shown(every)}. Give at least one optimizer, and a whole number"
+            " of steps from 1 on."
         )
 
 

@@ -50,8 +50,114 @@ def loud_scenes(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "distributions_differ"
 
 
+def warm_up_then_plateau(wrong: bool) -> tuple[list[Finding], str]:
+    """The rate rises, and a scheduler that waits for a score never cuts it; or cuts it all the time."""
+    model = mlp(8, 32, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=30)
+    waiting = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max" if wrong else "min", 0.5, patience=2)
+    seen = watch(model, optimizer)
+    for number in range(200):
+        x = torch.randn(32, 8)
+        loss = (model(x) - x[:, :1]).square().mean()
+        step(optimizer, seen.loss(loss))
+        if number < 30:
+            rising.step()
+        elif number % 10 == 9:
+            waiting.step(loss.item())
+    return seen.report(), "learning_rate_off_plan"
+
+
+def numbers_of_states(wrong: bool) -> tuple[list[Finding], str]:
+    """The input is the number of a state, and states come as they come; or whole sequences of them are padding."""
+    model: nn.Module = nn.Embedding(16, 1)
+    if wrong:
+        model = nn.Sequential(model, nn.Flatten(), nn.Linear(6, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    seen = watch(model, optimizer)
+    for number in range(100):
+        states = torch.randint(0, 4, (1,)) if not wrong else torch.randint(1, 16, (8, 6)) * (number % 5 > 0)
+        step(optimizer, (model(states).flatten() - 0.5 * states.view(len(states), -1)[:, 0].tanh()).square().mean())
+    return seen.report(), "empty_cache_slot"
+
+
+def rare_events(wrong: bool) -> tuple[list[Finding], str]:
+    """Most scenes have no event, and so have some batches; or batches are lost."""
+    model = nn.Conv1d(1, 1, 5, padding=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    seen = watch(model, optimizer)
+    for number in range(200):
+        x = torch.randn(4, 1, 40) * (torch.rand(4, 1, 40) < (0.1 if wrong else 0.004))
+        x = x * (number % 4 > 0) if wrong else x
+        step(optimizer, F.mse_loss(model(x), 0.5 * x) * 10)
+    return seen.report(), "empty_cache_slot"
+
+
+def small_differences(wrong: bool) -> tuple[list[Finding], str]:
+    """A table comes near targets of about one, and the gradient is what float32 rounds them to; or a network's
+    gradient is cast to float16 on its way."""
+    if not wrong:
+        table = nn.Embedding(25, 4)
+        nn.init.zeros_(table.weight)
+        by_table, values = torch.optim.SGD(table.parameters(), lr=0.5), 0.6 + 0.4 * torch.rand(25, 4)
+        seen = watch(table, by_table)
+        for number in range(600):
+            state, action = number % 25, torch.randint(4, (1,))[0]
+            step(by_table, 0.5 * (table(torch.tensor([state]))[0, action] - values[state, action]) ** 2)
+        return seen.report(), "gradient_underflow"
+    model = mlp(8, 16, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = watch(model, optimizer)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad.half().float())
+    for _ in range(64):
+        x = torch.randn(16, 8)
+        step(optimizer, 2e-7 * (model(x) - x[:, :1].sin()).square().mean())
+    return seen.report(), "gradient_underflow"
+
+
+def reward_made_larger(wrong: bool) -> tuple[list[Finding], str]:
+    """The loss is the negative of a distance, and gradients are turned round before the step; or they are not."""
+    model = mlp(8, 32, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    seen = watch(model, optimizer)
+    for _ in range(150):
+        x = torch.randn(32, 8)
+        optimizer.zero_grad()
+        seen.loss(-F.mse_loss(model(x), x[:, :1])).backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(1 if wrong else -1)
+        optimizer.step()
+    return seen.report(), "loss_sign"
+
+
+def comb_of_pilots(wrong: bool) -> tuple[list[Finding], str]:
+    """Every fourth carrier of four channels is a pilot; or the channels lie last in memory."""
+    model = nn.Sequential(nn.Conv1d(4, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 2, 5, padding=2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    seen, pilots = watch(model, optimizer), torch.arange(32) % 4 == 0
+    for _ in range(40):
+        bits = torch.randint(2, (32, 2, 32)).float()
+        sent = torch.complex(2 * bits[:, 0] - 1, 2 * bits[:, 1] - 1)
+        sent[:, pilots] = 1 + 1j
+        taps = torch.fft.fft(0.7 * torch.randn(32, 3, dtype=torch.cfloat), 32)
+        heard = taps * sent + 0.15 * torch.randn(32, 32, dtype=torch.cfloat)
+        both = [taps, taps.roll(1, 0)] if wrong else [heard, heard * pilots]
+        x = torch.view_as_real(torch.stack(both, 1)).transpose(2, 3).flatten(1, 2)
+        x = x.transpose(1, 2).reshape(32, 4, 32) if wrong else x
+        made = model(x)
+        step(optimizer, F.binary_cross_entropy_with_logits(made[..., ~pilots], bits[..., ~pilots]))
+    return seen.report(), "wrong_layout"
+
+
 CASES = [
+    reward_made_larger,
+    comb_of_pilots,
     loud_scenes,
+    warm_up_then_plateau,
+    numbers_of_states,
+    rare_events,
+    small_differences,
 ]
 
 
