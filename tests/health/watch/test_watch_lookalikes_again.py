@@ -150,7 +150,44 @@ def comb_of_pilots(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "wrong_layout"
 
 
+def corner_of_a_box(wrong: bool) -> tuple[list[Finding], str]:
+    """A shift of the inputs stays within a box, and the best one is in its corner; or it is put back every step."""
+    model, slope = nn.Module(), torch.randn(8)
+    model.shift = nn.Parameter(torch.zeros(8))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    seen, kept = watch(model, optimizer), torch.randn(8)
+    for number in range(200):
+        x = torch.randn(64, 8)
+        step(optimizer, -((x + model.shift) @ slope).mean())
+        with torch.no_grad():
+            if wrong and number > 20:
+                model.shift.copy_(kept)
+            elif not wrong:
+                model.shift.clamp_(-0.5, 0.5)
+    return seen.report(), "weights_reset"
+
+
+def put_back_on_a_sphere(wrong: bool) -> tuple[list[Finding], str]:
+    """A beamformer of norm one, however large the steps are; or one that is now and then three times as large."""
+    channel, model = torch.randn(4, 16, dtype=torch.cfloat), nn.Module()
+    model.beams = nn.Parameter(torch.randn(16, 4, dtype=torch.cfloat) / 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    seen = watch(model, optimizer)
+    for number in range(300):
+        power = (channel @ model.beams).abs().square()
+        wanted = power.diagonal()
+        step(optimizer, -torch.log2(1 + wanted / (power.sum(1) - wanted + 0.1)).sum())
+        with torch.no_grad():
+            if wrong and number % 20 == 10:
+                model.beams.mul_(3)
+            elif not wrong:
+                model.beams.div_(model.beams.norm())
+    return seen.report(), "weights_changed_outside"
+
+
 CASES = [
+    corner_of_a_box,
+    put_back_on_a_sphere,
     reward_made_larger,
     comb_of_pilots,
     loud_scenes,
