@@ -185,7 +185,26 @@ def put_back_on_a_sphere(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "weights_changed_outside"
 
 
+def values_of_actions(wrong: bool) -> tuple[list[Finding], str]:
+    """The target is what the action that was taken brought, in a state; or it is that of another state."""
+    model = mlp(6, 64, 1 if wrong else 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    states, actions = torch.randn(400, 6), torch.randint(2, (400,))
+    brought = (2.0 * actions - 1) * states[:, 0].sign()
+    seen, other = watch(model, optimizer), torch.randperm(400)
+    for _ in range(400):
+        some = torch.randint(400, (64,))
+        made = model(states[some])
+        if wrong:
+            asked = states[other[some], :1].sign()
+        else:
+            made, asked = made.gather(1, actions[some, None]), brought[some, None]
+        step(optimizer, seen.loss(F.mse_loss(made, asked), made, asked))
+    return seen.report(), "shuffled_labels"
+
+
 CASES = [
+    values_of_actions,
     corner_of_a_box,
     put_back_on_a_sphere,
     reward_made_larger,
