@@ -109,7 +109,7 @@ def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
         f"a kernel regression that sees the same inputs predicts {share:.0%} of the targets' variance, of scenes that"
         " it was not fitted to, so that inputs and targets belong together",
         "What is left is between them: the rate, weights that begin badly, an activation or a loss that stops the"
-        " gradient.",
+        " gradient. A network that is meant to be weak, as one of a boosted sum, looks the same.",
         "Let the model learn a single batch by heart, with ten times and a tenth of the rate; where neither does it,"
         " print the gradient's norm of every tensor.",
     )

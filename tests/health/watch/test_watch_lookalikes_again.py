@@ -203,7 +203,23 @@ def values_of_actions(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "shuffled_labels"
 
 
+def residual_that_vanishes(wrong: bool) -> tuple[list[Finding], str]:
+    """The residual of an equation is told beside zeros; or targets are a thousandth of a thousandth of outputs."""
+    model = mlp(1, 32, 32, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    seen, start = watch(model, optimizer), torch.zeros(1, 1)
+    for _ in range(300):
+        times = (2 * torch.rand(64, 1)).requires_grad_()
+        made = model(times)
+        (slope,) = torch.autograd.grad(made.sum(), times, create_graph=True)
+        left = slope + 2 * made
+        asked = 1e-6 * times.detach() if wrong else torch.zeros_like(left)
+        step(optimizer, seen.loss(F.mse_loss(left, asked) + (model(start) - 1).square().mean(), left, asked))
+    return seen.report(), "target_scale_differs"
+
+
 CASES = [
+    residual_that_vanishes,
     values_of_actions,
     corner_of_a_box,
     put_back_on_a_sphere,
