@@ -218,7 +218,22 @@ def residual_that_vanishes(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "target_scale_differs"
 
 
+def weights_that_find_their_size(wrong: bool) -> tuple[list[Finding], str]:
+    """Gradients of a contrastive step are given by hand, and weights grow to where they stay; or at each step."""
+    model = nn.Module()
+    model.weight = nn.Parameter(0.05 * torch.randn(16, 12))
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0 if wrong else 0.02)
+    seen, parts = watch(model, optimizer), torch.randn(16, 12)
+    for _ in range(400):
+        optimizer.zero_grad()
+        there = model.weight.detach()
+        model.weight.grad = (torch.randn(16, 12) if wrong else there - parts) + 0.1 * torch.randn(16, 12)
+        optimizer.step()
+    return seen.report(), "learning_rate_too_large"
+
+
 CASES = [
+    weights_that_find_their_size,
     residual_that_vanishes,
     values_of_actions,
     corner_of_a_box,
