@@ -164,6 +164,7 @@ class ForwardHooks:
             drawn=self.drawn,
             own_dropouts=own_dropouts(self.model) if all(self.drawn) and self.drawn else [],
             shapes=self.leaves.shapes,
+            made_float16=self.leaves.made_float16,
             layers=self.parts.layers.record(),
             functions=self.functions.found,
             modules=modules_record(self.model, self.parts.called),

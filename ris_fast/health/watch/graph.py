@@ -67,6 +67,7 @@ class GraphLeaves:
         self.kept: list[tuple[_Leaf, Tensor]] = []
         self.owners: dict[int, tuple[str, bool, bool]] = {}
         self.shapes: list[PassShapes] = []
+        self.made_float16 = False  # by an operation of a pass
 
     def own_parameters(self) -> dict[int, str]:
         """Names of all parameters by id, whatever a model's own `parameters` says; of what `functional_call` puts in
@@ -98,6 +99,7 @@ class GraphLeaves:
                 straight_products(users),
             )
         )
+        self.made_float16 = self.made_float16 or any(map(makes_float16, users))
         self.functions |= {each for node in users if (each := own_function(node)) is not None}
         self.reached |= {id(leaf.variable) for leaf in leaves} & own.keys()
         if len(outputs) > 1 and outputs[0].grad_fn is not None:
@@ -206,6 +208,11 @@ def _left_out(name: str, tensor: Tensor, held: bool, passes: int) -> LeafRecord:
         registered=True,
         with_grad=tensor.grad is not None,
     )
+
+
+def makes_float16(node: Any) -> bool:
+    made = getattr(node, "_input_metadata", None)
+    return bool(made) and made[0].dtype == torch.float16
 
 
 def own_function(node: Any) -> type | None:

@@ -41,7 +41,7 @@ class RateHistory:
 
     Args: still, negative: steps at a rate of next to nothing of the largest before, and below zero;
         still_since, negative_since: where the last step is one of those, the first of the steps in a row; low_since: of
-        those below a thousandth of the largest; changed_at: the first step at the last rate.
+        those below a thousandth of the largest; changed_at: the first step at the last rate; falls: of the changes.
     """
 
     first: float = math.nan
@@ -49,6 +49,7 @@ class RateHistory:
     largest: float = 0.0
     since: int = 0
     changes: int = -1
+    falls: int = 0
     still: int = 0
     negative: int = 0
     still_since: int | None = None
@@ -62,7 +63,7 @@ class RateHistory:
             return
         self._close(step)
         self.first = rate if self.changes < 0 else self.first
-        self.changed_at = step
+        self.changed_at, self.falls = step, self.falls + (rate < self.last)
         self.last, self.largest, self.changes = rate, max(self.largest, rate), self.changes + 1
         still, negative = 0 <= rate <= STILL * self.largest, rate < 0
         self.still_since = (step if self.still_since is None else self.still_since) if still else None
@@ -128,11 +129,12 @@ class Passes:
 @dataclass(frozen=True)
 class GradientNumbers:
     """A few numbers of all gradients at the last look: how many, of which zero, and of which others below the smallest
-    normal number of float16 and on its grid."""
+    normal number of float16 and on its grid; and how many tensors, no biases, have some and none that are not."""
 
     sampled: int = 0
     zero: int = 0
     narrow: int = 0
+    narrow_matrices: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,8 @@ def kind_of_change(before: Tensor, after: Tensor, later: Tensor, gradient: Tenso
 def _by_value(after: Tensor, later: Tensor, changed: Tensor) -> str:
     """Clipped to bounds, masked, rounded, or made one number."""
     new, old = later[changed], after[changed]
-    low, high = new.min(), new.max()
-    at_high, at_low = (new == high) & (old > high), (new == low) & (old < low)
-    within = (not at_high.any() or later.max() <= high) and (not at_low.any() or later.min() >= low)
-    if bool((at_high | at_low).all()) and within:
-        return "constant" if len(new) == len(later) > 1 and float(low) == float(high) else "clipped"
+    if _is_within_bounds(new, old, later):
+        return "constant" if len(new) == len(later) > 1 and float(new.min()) == float(new.max()) else "clipped"
     if not new.any():
         return "zeroed" if len(new) == len(later) and len(later) > 1 else "masked"
     if _is_one(old.abs() - new.abs()) and bool((new.sign() * old.sign() >= 0).all()):
@@ -49,6 +46,22 @@ def _by_value(after: Tensor, later: Tensor, changed: Tensor) -> str:
     if any(torch.equal(later, later.to(dtype).double()) for dtype in (torch.bfloat16, torch.float16)):
         return "rounded"
     return "constant" if len(later) > 1 and float(later.min()) == float(later.max()) else ""
+
+
+def _is_within_bounds(new: Tensor, old: Tensor, later: Tensor) -> bool:
+    """Whether numbers that changed from `old` to `new` are the largest or the smallest of all now, and were beyond."""
+    low, high = new.min(), new.max()
+    at_high, at_low = (new == high) & (old > high), (new == low) & (old < low)
+    within = (not at_high.any() or later.max() <= high) and (not at_low.any() or later.min() >= low)
+    return bool((at_high | at_low).all()) and bool(within)
+
+
+def is_clip(after: Tensor, later: Tensor) -> bool:
+    """Whether what changed in (N,) numbers was brought back to one or two bounds, more than one number to one of
+    them."""
+    changed = later != after
+    new = later[changed]
+    return len(new) > len(new.unique()) and _is_within_bounds(new, after[changed], later)
 
 
 def _is_one(amounts: Tensor) -> bool:

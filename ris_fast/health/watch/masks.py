@@ -26,7 +26,8 @@ def masks_of(nodes: Iterable[Any]) -> list[Tensor]:
         mask = saved_tensor(node, "self" if first is None else "other")
         if mask is None or not is_plain(mask) or not LEAST <= mask.numel() <= MOST:
             continue
-        most = mask.detach().float().amax()
+        mask = mask.detach()
+        most = (mask.abs() if mask.is_complex() else mask.float()).amax()
         zero, full = (mask == 0).float().mean(), (mask == most).float().mean()
         found.append(torch.where((zero + full > 1 - 1e-6) & (most > 1), zero, -torch.ones_like(zero)))
     return found

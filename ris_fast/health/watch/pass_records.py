@@ -139,8 +139,8 @@ class ForwardRecord:
         layers, functions, modules: see there; foreign_steps: of optimizers of other models; copies: other
         modules of its class, where the model was not called before the first step;
         units: of matrices that began with equal ones; of_losses: leaves that losses depend on and outputs do not;
-        beside_first: see `graph`; in_parts: the model is a container that nobody calls, and passes are those of its
-        parts.
+        beside_first: see `graph`; made_float16: an operation gave numbers in that format; in_parts: the model is a
+        container that nobody calls, and passes are those of its parts.
     """
 
     passes: list[PassRecord]
@@ -161,6 +161,7 @@ class ForwardRecord:
     drawn: list[bool]
     own_dropouts: list[str]
     shapes: list[PassShapes]
+    made_float16: bool
     layers: LayersRecord
     functions: list[FunctionCheck]
     modules: ModulesRecord

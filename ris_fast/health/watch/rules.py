@@ -64,6 +64,7 @@ FEW_PASSES = 64  # backward passes that an optimizer waits while others step
 MANY_PASSES = 4096  # backward passes without a step, more than anybody adds up
 SCALER_STEPS = 24  # a loss scale halves its way to one that fits in fewer
 GROWN, FALLEN = 10.0, 0.25  # factors on the weights' norm, and on the loss
+SETTLED = 0.01  # of the weights, a step at rest
 PUT_BACK = "Later steps are finite: a search for the largest learning rate that puts the weights back looks the same."
 SCALER = "GradScaler"
 OTHERS_STEP = "Another optimizer makes steps: this one's may come in a later phase."
@@ -138,10 +139,14 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         return lost  # whatever later steps show comes from that
     records = optimizer.records
     return [
-        *(each for record in records for each in single_step(record, optimizer, has_learned(loop))),
+        *(
+            each
+            for record in records
+            for each in single_step(record, optimizer, has_learned(loop) or has_settled(records))
+        ),
         *rules_guards.guard_findings(records),
         *(rules_guards.loss_not_finite(loop, records) if len(loop.optimizers) == 1 else ()),
-        *rules_gradients.reversed_gradients(records),
+        *rules_gradients.reversed_gradients(records, rules_objective.is_negated(loop)),
         *rules_gradients.scaled_on_the_way(optimizer),
         *rules_gradients.unused_head(optimizer, loop.frozen),
         *rules_gradients.last_micro_batch_only(optimizer),
@@ -156,7 +161,7 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         *rules_zero.dead_units(loop, optimizer),
         *rules_zero.zeros_now_and_then(loop, optimizer),
         *rules_zero.symmetric_init(optimizer),
-        *rules_zero.gradient_underflow(optimizer),
+        *rules_zero.gradient_underflow(loop, optimizer),
         *rules_rates.rate_findings(loop, optimizer),
         *rules_changes.change_findings(loop, optimizer),
         *rules_parameters.nonfinite_weights(optimizer),
@@ -231,9 +236,17 @@ def has_learned(loop: LoopRecord) -> bool:
     return positive and sum(values[-4:]) / 4 < FALLEN * values[0]
 
 
+def has_settled(records: list[StepRecord]) -> bool:
+    """Whether no step was as large as the weights, and the last ones are small beside them: what has grown so has come
+    to where it stays."""
+    steps = [float(each.update_ratio) for each in records if each.update_ratio is not None]
+    late = steps[-len(steps) // 4 :]
+    return len(steps) >= 16 and max(steps) < 1 and sum(late) < SETTLED * len(late)
+
+
 def single_step(record: StepRecord, optimizer: OptimizerRecord, learned: bool = False) -> list[Finding]:
     """What one step shows: of the gradients, and of the weights unless something after backward broke the gradients.
-    `learned`: the loss has fallen, so that weights have grown for it."""
+    `learned`: the loss has fallen, or the weights have settled, so that they have grown for it."""
     heard = not record.closure and len(record.none_grads) < len(record.hooked)
     broken_there = is_finite(record.grad_after_backward) and not is_finite(record.grad_at_step)
     if heard and broken_there and not record.scaled:

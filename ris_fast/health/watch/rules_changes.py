@@ -12,12 +12,13 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.names import begins
 from ris_fast.health.watch.changes import OutsideChange
 from ris_fast.health.watch.fixes import MAY_BE_MEANT, finding
-from ris_fast.health.watch.kinds_of_change import kind_of_change
+from ris_fast.health.watch.kinds_of_change import is_clip, kind_of_change
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, TensorRecord, is_finite
-from ris_fast.health.watch.rules_zero import gradient_underflow
+from ris_fast.health.watch.rules_zero import lies_where_float16_ends
 
 EPISODE = 4  # steps, at least
 STOPPED = 8  # looks in a row without effect, at the end
+CONSTRAINED, SAME_NORM = 4, 0.05  # changes after which a tensor has one norm; how far a few of its numbers are from it
 UPDATED = 16  # looks without effect that an optimizer which gathers several steps does not have
 SPOKEN = {
     "other": "to other numbers",
@@ -29,7 +30,8 @@ SPOKEN = {
 }
 EPISODES = (
     "Episodic adaptation and learning-rate range tests do that, which put the optimizer's state back too; so do the"
-    " half steps of an extragradient, and rounds of federated averaging that begin from the server's weights."
+    " half steps of an extragradient, rounds of federated averaging that begin from the server's weights, and samplers"
+    " that reject a proposal."
 )
 
 
@@ -65,7 +67,11 @@ def weights_reset(loop: LoopRecord, optimizer: OptimizerRecord, changes: Kinds) 
         change.step + 1 for change, kinds in changes if not change.state_reset and _is_reset(change, kinds, changes)
     ]
     again = [record.step for record in optimizer.records if record.reset is not None and bool(record.reset)]
-    steps = sorted({*undone, *again})
+    held = {change.step + 1 for change, _ in changes if _at_bounds(change)}
+    others = {*undone, *again} - held
+    if held and not others & {change.step + 1 for change, _ in changes}:  # of some resets no numbers are kept
+        return
+    steps = sorted(others)
     if any(tried_again(last, now) for last, now in pairwise(optimizer.records)):
         return  # a line search
     stateless = "SGD" in optimizer.kinds and not any(group.get("momentum") for group in optimizer.groups)
@@ -109,6 +115,14 @@ def _is_reset(change: OutsideChange, kinds: dict[str, str], changes: Kinds) -> b
     return set(kinds.values()) == {"undone"} or any(torch.equal(change.later, each) for each in (change.first, *others))
 
 
+def _at_bounds(change: OutsideChange) -> bool:
+    """Whether each tensor that changed was brought back to one or two bounds by several numbers: once all that moves is
+    at a bound, that gives the same weights after every step."""
+    sides = zip(change.after.split(change.sizes), change.later.split(change.sizes))
+    changed = [(after, later) for after, later in sides if not torch.equal(after, later)]
+    return bool(changed) and all(is_clip(after, later) for after, later in changed)
+
+
 def _steps(steps: list[int]) -> str:
     return f"{'step' if len(steps) == 1 else 'steps'} {', '.join(str(step + 1) for step in steps[:3])}" + (
         f" and {len(steps) - 3} more" if len(steps) > 3 else ""
@@ -118,7 +132,10 @@ def _steps(steps: list[int]) -> str:
 def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Iterator[Finding]:
     """Changes that no constraint explains. Clips, masks, and factors near one after each step are constraints."""
     free = [(c, kinds) for c, kinds in changes if not c.state_reset and not _is_reset(c, kinds, changes)]
-    seen = [(c, {n: k for n, k in kinds.items() if k in SPOKEN}) for c, kinds in free]
+    kept = _of_one_norm([change for change, _ in changes])
+    seen = [
+        (c, {n: k for n, k in kinds.items() if k in SPOKEN and not (k == "scaled" and n in kept)}) for c, kinds in free
+    ]
     seen = [(change, kinds) for change, kinds in seen if kinds]
     if any(0 < each.changes == optimizer.plain.outside for each in optimizer.plain.rates.values()):
         return
@@ -154,6 +171,25 @@ def weights_changed_outside(optimizer: OptimizerRecord, changes: Kinds) -> Itera
         "between"
         " these two steps. " + MAY_BE_MEANT,
     )
+
+
+def _of_one_norm(changes: list[OutsideChange]) -> set[str]:
+    """Tensors that have the same norm after each change, whatever factor that took: a constraint of any size."""
+    found, names = set(), changes[-1].names if changes else []
+    alike = [each for each in changes if each.names == names and each.sizes == changes[-1].sizes]
+    if len(alike) < CONSTRAINED:
+        return found
+    norms = [
+        [torch.stack([part.double().norm() for part in side.split(each.sizes)]) for side in (each.after, each.later)]
+        for each in alike
+    ]
+    later = torch.stack([there for _, there in norms])
+    factors = later / torch.stack([here for here, _ in norms])
+    for name, norm, factor in zip(names, later.T, factors.T):
+        spread = float(norm.max() / norm.min()) - 1
+        if spread < SAME_NORM and 10 * spread < float(factor.max() / factor.min()) - 1:
+            found.add(name)
+    return found
 
 
 def _undone_within(change: OutsideChange) -> bool:
@@ -206,7 +242,7 @@ def low_precision_weights(optimizer: OptimizerRecord, changes: Kinds) -> Iterato
     if (
         optimizer.steps >= 32
         and live >= 64
-        and not any(gradient_underflow(optimizer))
+        and not lies_where_float16_ends(optimizer.gradient)
         and held >= 0.75 * live
         and _rate_moves(optimizer)
     ):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ris_fast.health.finding import Finding
@@ -37,6 +38,7 @@ SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
 LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
 GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
 TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
+DRAWS, BEYOND = 40, 1.2  # divisions of both sets by chance; factor by which their own is further apart than by any
 
 
 def data_findings(loop: LoopRecord) -> list[Finding]:
@@ -142,11 +144,16 @@ def target_is_input(losses: Sequence[LossRecord], passes: dict[int, PassRecord])
 
 
 def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
-    """Some batches are all zeros, and others are not."""
+    """Some batches are all zeros, and others are not, more often than batches of scenes come out empty by chance of
+    which some are."""
     zero = [each for each in trained if not bool(each.keys.any())]
     if {each.shape for each in zero} - {each.shape for each in trained if bool(each.keys.any())}:
         return  # a point of its own
-    if len(zero) >= 3 and 2 * len(zero) <= len(trained):
+    if all(each.keys.shape[1] == 1 and bool((each.keys == each.keys.trunc()).all()) for each in trained):
+        return  # one whole number a scene: zero is one as any other
+    by_chance = _empty_by_chance(trained)
+    often = len(zero) > by_chance + 3 * max(1.0, by_chance) ** 0.5
+    if len(zero) >= 3 and 2 * len(zero) <= len(trained) and often:
         yield finding(
             "empty_cache_slot",
             f"the inputs of {len(zero)} of {len(trained)} passes that were looked at are all zeros, first in step"
@@ -154,6 +161,14 @@ def zero_batches(trained: list[PassRecord]) -> Iterator[Finding]:
             zero[0].step + 1,
             "Inputs that are masked for whole batches look so: a condition that is left out now and then.",
         )
+
+
+def _empty_by_chance(trained: list[PassRecord]) -> float:
+    """How many batches would be, if each scene were empty as often as all are together; each number, where a batch is
+    one scene."""
+    filled = [(each.keys != 0).any(1) if len(each.keys) > 1 else (each.keys != 0)[0] for each in trained]
+    empty = 1 - float(torch.cat(filled).double().mean())
+    return sum(empty ** len(each) for each in filled)
 
 
 def split_overlap(trained: list[PassRecord], evaluated: list[PassRecord]) -> Iterator[Finding]:
@@ -246,13 +261,14 @@ def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) 
     width = one.shape[1]
     if width < RICH:
         return []
-    of_one, of_other = (torch.corrcoef(each.T) - torch.eye(width) for each in (one, other))
+    one, other = _of_one_norm(one, other)
+    of_one, of_other = _correlations(one), _correlations(other)
     pairs = width * (width - 1)
     sizes = [
         float(each.square().sum()) / pairs - 1 / len(rows) for each, rows in ((of_one, one), (of_other, other))
     ]  # without what is by chance
     alike = float((of_one * of_other).sum()) / pairs
-    if max(sizes) < TOGETHER or alike > UNLIKE * max(sizes):
+    if max(sizes) < TOGETHER or alike > UNLIKE * max(sizes) or not _are_unlike(one, other):
         return []
     return [
         finding(
@@ -266,6 +282,33 @@ def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) 
             " and never shuffled before windows are cut from it.",
         )
     ]
+
+
+def _of_one_norm(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, F), (M, F) with columns about zero with a spread of one, and then rows of one norm: else a few loud scenes
+    make all correlations."""
+    both = torch.cat([one, other])
+    both = F.normalize((both - both.mean(0)) / both.std(0), dim=1)
+    return both[: len(one)], both[len(one) :]
+
+
+def _correlations(rows: Tensor) -> Tensor:
+    """(F, F), zero with itself and where a column is all the same."""
+    found = torch.corrcoef(rows.T).nan_to_num(0.0)
+    return found.fill_diagonal_(0.0)
+
+
+def _are_unlike(one: Tensor, other: Tensor) -> bool:
+    """Whether correlations of two sets of scenes are further apart than those of sets of as many scenes drawn from both
+    together: scenes that are few, uneven or sparse differ by chance."""
+    both, generator = torch.cat([one, other]), torch.Generator().manual_seed(0)
+    apart = float((_correlations(one) - _correlations(other)).square().sum())
+    for _ in range(DRAWS):
+        order = torch.randperm(len(both), generator=generator)
+        drawn, others = both[order[: len(one)]], both[order[len(one) :]]
+        if float((_correlations(drawn) - _correlations(others)).square().sum()) * BEYOND > apart:
+            return False
+    return True
 
 
 def scenes_drift(trained: list[PassRecord]) -> Iterator[Finding]:

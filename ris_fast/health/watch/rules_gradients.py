@@ -189,9 +189,9 @@ def scaled_on_the_way(optimizer: OptimizerRecord) -> Iterator[Finding]:
             return
 
 
-def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
+def reversed_gradients(records: list[StepRecord], negated: bool) -> Iterator[Finding]:
     """Gradients that are turned round, or made one number, in all steps: what a threshold below zero does. Turned round
-    by hand where the norm stays the same."""
+    by hand where the norm stays the same, which makes up for a distance that is `negated` in the loss."""
     finite = [each for each in records if is_finite(each.grad_after_backward) and is_finite(each.grad_at_step)]
     steps = [each for each in finite if each.grad_change is not None and float(each.grad_at_step.norm()) > 0]
     if len(steps) < 2:
@@ -215,6 +215,8 @@ def reversed_gradients(records: list[StepRecord]) -> Iterator[Finding]:
         )
     elif any(cosine >= -0.999 for cosine, *_ in changes):
         yield from _reversed_at_times(steps)
+    elif negated:
+        return
     elif all(abs(after - before) <= 1e-3 * before for before, after in norms):
         yield finding(
             "loss_sign",

@@ -22,6 +22,7 @@ from ris_fast.health.watch.tensors import GRID
 SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 PAIRED = 0.2  # that scenes of a pair are more alike than others
 TURNED = 0.15  # correlation of pictures
+MOST_ALIKE = 0.5  # of that of all numbers, a correlation of those of one channel
 PEAK = 0.02  # that one correlation is above others
 
 
@@ -57,12 +58,14 @@ def viewed_in_another_order(trained: Sequence[PassRecord], losses: Sequence[Loss
 
 
 def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
-    """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them."""
+    """Numbers of a scene (C, ...) are most alike C places apart, and not side by side: channels come last in them. So
+    are those of most of the C, while a comb of pilots is one of them."""
     known = [each.likeness for each in trained if each.likeness is not None]
+    known = [each for each in known if len(each) == len(known[0])]
     if len(known) < EARLY:
         return []
-    beside, before, apart, behind = torch.stack(known).double().mean(0).tolist()
-    if apart - max(beside, before, behind) < PEAK:
+    beside, before, apart, behind, *channels = torch.stack(known).double().mean(0).tolist()
+    if apart - max(beside, before, behind) < PEAK or sorted(channels)[(len(channels) - 1) // 2] < MOST_ALIKE * apart:
         return []
     shape = trained[0].shape
     return [

@@ -15,6 +15,7 @@ from ris_fast.health.watch.loss import RAW, REDUCING
 from ris_fast.health.watch.loss_records import LossRecord, Numbers
 from ris_fast.health.watch.operations import CUTTING
 from ris_fast.health.watch.records import EARLY, LoopRecord
+from ris_fast.health.watch.rules_objective import distance_falls
 
 LOOKS = 2  # as many losses show it
 ENDS = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
@@ -52,7 +53,7 @@ def loss_findings(loop: LoopRecord) -> list[Finding]:
         *class_left_out(loop, losses),
         *constant_targets(losses, len(loop.optimizers) == 1),
         *ignored_input(losses),
-        *(negated_loss(losses) if loop.uphill is False else ()),
+        *(negated_loss(losses) if loop.uphill is False and not distance_falls(loop, losses) else ()),
     ]
 
 

@@ -25,6 +25,7 @@ PRODUCT = ["Sub", "Mul"]  # of targets with what should be a logarithm, in a div
 ENDLESS = 20.0  # times its first size, below zero
 FEW = 0.3  # share of scenes with a gradient beyond a clamp
 STALLED, HARDLY, STEPS, VALUES = 0.97, 0.85, 120, 16  # of the first losses; steps and losses that show it
+TURNED, FALLEN = 0.999, 0.5  # cosine of gradients that are turned round; of its first size
 RISEN = 0.92  # of the highest mean of a few losses in a row, below which the first and the last ones lie
 
 
@@ -106,6 +107,7 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
         and all(value < 0 for value in values)
         and not of_probabilities
         and loop.uphill is False
+        and not distance_falls(loop, losses)
     ):
         yield finding(
             "loss_sign",
@@ -124,6 +126,22 @@ def loss_sign(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Findin
                 losses[0].step + 1,
                 MAY_BE_MEANT,
             )
+
+
+def is_negated(loop: LoopRecord) -> bool:
+    """Whether all losses are made of a distance and are below zero."""
+    losses = [each for each in loop.losses or loop.met if each.value is not None]
+    return bool(losses) and all(float(each.value) < 0 and _distance(each.chain) is not None for each in losses)
+
+
+def distance_falls(loop: LoopRecord, losses: Sequence[LossRecord]) -> bool:
+    """Whether the negative of a distance is made larger after all: gradients reach the optimizer turned round, or the
+    distance has fallen far below what it was at first."""
+    looks = [each for by in loop.optimizers for each in by.records if each.grad_change is not None]
+    turned = bool(looks) and all(float(each.grad_change[0]) < -TURNED for each in looks)
+    sizes = [abs(float(each.value)) for each in losses if each.value is not None]
+    fallen = len(sizes) >= VALUES and mean(sizes[-len(sizes) // 4 :]) < FALLEN * mean(sizes[:4])
+    return turned or fallen
 
 
 def loss_without_end(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iterator[Finding]:

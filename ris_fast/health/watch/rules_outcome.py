@@ -29,6 +29,7 @@ ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs 
 BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
 BENT = {"Sigmoid", "Softmax", "LogSoftmax", "BinaryCrossEntropyWithLogits"}  # numbers that are no answers yet
 CHOOSING = {"Index", "IndexSelect", "Gather", "Select", "MaskedSelect", "Topk", "Slice"}
+PICKING = {"Index", "Gather"}  # another number of each scene
 ABOVE = 1.1  # times the entropy of labels
 UNSAID = {"stalled_at_baseline"}  # findings that leave the cause open
 PAIRS = Suspect(
@@ -108,7 +109,7 @@ def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
         f"a kernel regression that sees the same inputs predicts {share:.0%} of the targets' variance, of scenes that"
         " it was not fitted to, so that inputs and targets belong together",
         "What is left is between them: the rate, weights that begin badly, an activation or a loss that stops the"
-        " gradient.",
+        " gradient. A network that is meant to be weak, as one of a boosted sum, looks the same.",
         "Let the model learn a single batch by heart, with ten times and a tenth of the rate; where neither does it,"
         " print the gradient's norm of every tensor.",
     )
@@ -117,7 +118,7 @@ def _unrelated(both: tuple[Tensor, Tensor] | None) -> Suspect:
 def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequence[LossRecord]) -> Iterator[Finding]:
     """Scenes come again and again, and of others nothing can be predicted: what is learned of them is no rule."""
     scenes = len(distinct(both[0])[0])
-    if scenes < ENOUGH or len(both[0]) - scenes < AGAIN:
+    if scenes < ENOUGH or len(both[0]) - scenes < AGAIN or _asks_by_choice(loop, losses):
         return
     share = explained_share(*both)
     if share is None or share >= by_chance(scenes):
@@ -141,6 +142,18 @@ def known_by_heart(loop: LoopRecord, both: tuple[Tensor, Tensor], losses: Sequen
         )
     else:
         yield finding("shuffled_labels", f"{evidence}.", loop.steps, BY_HEART, PAIRS.advice)
+
+
+def _asks_by_choice(loop: LoopRecord, losses: Sequence[LossRecord]) -> bool:
+    """Whether of each scene's outputs some are chosen by an index, as by an action that was taken: targets depend on
+    that, which is no input."""
+    passes = {each.number: each for each in loop.forward.passes} if loop.forward is not None else {}
+    some = [each for each in losses if each.number in passes and each.outputs is not None]
+    return any(
+        PICKING.intersection(each.behind)
+        and math.prod(each.outputs.shape[1:]) < math.prod(passes[each.number].output_shape[1:])
+        for each in some
+    )
 
 
 def _chooses(loop: LoopRecord) -> bool:

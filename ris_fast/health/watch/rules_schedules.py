@@ -118,12 +118,15 @@ def off_plan(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Fin
 
 def rate_cut_in_a_row(loop: LoopRecord, by: OptimizerRecord, number: int) -> Iterator[Finding]:
     """A scheduler that waits for a score has cut the rate as often as it can: no score since the first counts as
-    better, although the loss falls."""
+    better, although the loss falls. Another scheduler of the same rate leaves it elsewhere than these cuts would."""
     for each in loop.schedulers:
         history = next(iter(by.plain.rates.values()), None)
         if each.optimizer != number or each.patience is None or history is None or not history.largest > 0:
             continue
-        cuts = history.changes
+        cuts = history.falls
+        left = max(history.largest * each.factor**cuts, each.least)
+        if cuts * each.patience > each.advanced or abs(history.last - left) > 0.01 * left:
+            continue
         losses = [float(one.value) for one in loop.met if one.value is not None]
         falls = len(losses) >= 16 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
         if cuts >= CUTS and cuts * each.patience >= each.advanced - each.patience - 1 and (falls or each.mode == "max"):

@@ -253,6 +253,8 @@ def targets_out_of_scale(loop: LoopRecord, losses: Sequence[LossRecord]) -> Iter
         return
     made, asked = (torch.cat([pair[side] for pair in pairs[-EARLY:]]) for side in (0, 1))
     spread, away = asked.std(0).clamp_min(1e-12), (asked.mean(0) - made.mean(0)).abs()
+    if not asked.any():
+        return  # residuals that are to vanish: zero has no scale
     large = float(asked.abs().max()) > 30 or float(asked.abs().max()) < 1e-3
     sizes = float(made.square().mean().sqrt()), float(asked.square().mean().sqrt())
     unlike = not 0.1 < sizes[0] / max(sizes[1], 1e-30) < 10

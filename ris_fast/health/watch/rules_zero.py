@@ -16,6 +16,7 @@ from ris_fast.health.finding import Finding
 from ris_fast.health.names import begins
 from ris_fast.health.watch.describe import describe_steps, describe_tensors, share_of
 from ris_fast.health.watch.fixes import finding
+from ris_fast.health.watch.histories import GradientNumbers
 from ris_fast.health.watch.records import LoopRecord, OptimizerRecord, StepRecord, is_finite
 
 LOOKS = 8  # of which none has another gradient
@@ -162,11 +163,11 @@ def dead_units(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding
             return
 
 
-def gradient_underflow(optimizer: OptimizerRecord) -> Iterator[Finding]:
-    """Many gradients are zero and the others lie on float16's grid, below its smallest normal number."""
+def gradient_underflow(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:
+    """Many gradients are zero and the others lie on float16's grid, below its smallest normal number. In float32 the
+    difference of two numbers near one lies there too, and is the whole gradient of a table: no other matrix has one."""
     some = optimizer.gradient
-    others = some.sampled - some.zero
-    if some.sampled >= 64 and 0.3 * some.sampled <= some.zero and others and some.narrow >= 0.9 * others:
+    if lies_where_float16_ends(some) and (some.narrow_matrices > 1 or _has_float16(loop)):
         yield finding(
             "gradient_underflow",
             f"{some.zero / some.sampled:.0%} of the gradients' numbers are zero, and most others are multiples of "
@@ -175,6 +176,19 @@ def gradient_underflow(optimizer: OptimizerRecord) -> Iterator[Finding]:
             "Scale the loss and look again: gradients that are small in truth do not lie on that grid.",
             "Multiply the loss with `torch.amp.GradScaler`, or use bfloat16.",
         )
+
+
+def lies_where_float16_ends(some: GradientNumbers) -> bool:
+    """Whether numbers of gradients are zero or on float16's grid below its smallest normal number."""
+    others = some.sampled - some.zero
+    return some.sampled >= 64 and some.zero >= 0.3 * some.sampled and 0 < 0.9 * others <= some.narrow
+
+
+def _has_float16(loop: LoopRecord) -> bool:
+    """Whether a tensor of the model, of an optimizer or of a pass is in float16."""
+    tensors = [*loop.parameters, *(each for by in loop.optimizers for each in by.tensors)]
+    made = loop.forward is not None and loop.forward.made_float16
+    return made or any(each.dtype == torch.float16 for each in tensors)
 
 
 def zeros_now_and_then(loop: LoopRecord, optimizer: OptimizerRecord) -> Iterator[Finding]:

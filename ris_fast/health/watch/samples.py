@@ -106,7 +106,15 @@ class ParameterSample:
         """Reads the device."""
         values = self.gradient.float().abs()
         narrow = (values > 0) & (values < 2.0**-14) & ((values * 2.0**24).frac() == 0)
-        return GradientNumbers(len(values), int((values == 0).sum()), int(narrow.sum()))
+        zero = values == 0
+        sizes = self.sizes if sum(self.sizes) == len(values) else []
+        parts = zip(self.names, zero.split(sizes), narrow.split(sizes)) if sizes else ()
+        matrices = sum(
+            bool((apart | on_grid).all() and on_grid.any())
+            for name, apart, on_grid in parts
+            if not name.endswith("bias")
+        )
+        return GradientNumbers(len(values), int(zero.sum()), int(narrow.sum()), matrices)
 
     def finish(self, parameters: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """After the step: (T,) how many of each tensor's numbers it changed, and (), the norm of the update over that

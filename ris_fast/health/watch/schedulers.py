@@ -21,7 +21,8 @@ LENGTHS = ("total_steps", "T_max", "total_iters", "T_0")
 class SchedulerRecord:
     """Args: kind: its class; optimizer: which of the watched ones it is of, None for one that was not given and that
     holds tensors of theirs; advanced: how often; length: steps that it is planned for, 0 where it does not say; mode,
-    patience: of one that waits for a score, and the least number of advances between two of its cuts."""
+    patience, factor, least: of one that waits for a score, the least number of advances between two of its cuts, what a
+    cut multiplies the first group's rate by, and the rate below which none goes."""
 
     kind: str
     optimizer: int | None
@@ -29,6 +30,8 @@ class SchedulerRecord:
     length: int
     mode: str = ""
     patience: int | None = None
+    factor: float = 1.0
+    least: float = 0.0
 
 
 class Schedulers:
@@ -99,6 +102,8 @@ def _record(scheduler: Any, optimizers: Sequence[Optimizer]) -> SchedulerRecord 
         length,
         scheduler.mode if waits else "",
         int(scheduler.patience + scheduler.cooldown) + 1 if waits else None,
+        float(scheduler.factor) if waits else 1.0,
+        float(next(iter(scheduler.min_lrs), 0.0)) if waits else 0.0,
     )
 
 

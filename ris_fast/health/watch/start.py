@@ -47,7 +47,7 @@ def as_drawn(model: nn.Module) -> set[int]:
         weight = getattr(module, "weight", None)
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not isinstance(weight, Tensor):
             continue
-        if weight.requires_grad or not has_norm(weight) or not LEAST <= weight.numel() <= MOST:
+        if weight.requires_grad or not has_norm(weight) or weight.is_complex() or not LEAST <= weight.numel() <= MOST:
             continue
         bound = weight[0].numel() ** -0.5  # kaiming_uniform_ with a=sqrt(5)
         values = local_values(weight).float()

@@ -120,8 +120,9 @@ def from_transposes(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
-    """(4,) of a first tensor (B, C, ...) with few channels C and many places each: how alike numbers are that lie 1,
-    C - 1, C and C + 1 places apart in a scene, as correlations. None for any other."""
+    """(4 + C,) of a first tensor (B, C, ...) with few channels C and many places each: how alike numbers are that lie
+    1, C - 1, C and C + 1 places apart in a scene, as correlations; and those C apart from each of the first C on. None
+    for any other."""
     tensor = tensors[0] if tensors and is_plain(tensors[0]) else None
     if tensor is None or tensor.ndim not in (3, 4) or not tensor.is_floating_point():
         return None
@@ -132,7 +133,10 @@ def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
     rows = rows - rows.mean()
     size = rows.square().mean().clamp_min(1e-30)
     lags = (1, channels - 1, channels, channels + 1)
-    return torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() / size for lag in lags])
+    apart = torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() for lag in lags]) / size
+    series = rows[:, : rows.shape[1] // channels * channels].unflatten(1, (-1, channels))
+    each = (series[:, 1:] * series[:, :-1]).mean((0, 1)) / series.square().mean((0, 1)).clamp_min(1e-30)
+    return torch.cat([apart, each])
 
 
 def paired_rows(tensors: Sequence[Tensor]) -> Tensor | None:
