@@ -24,7 +24,6 @@ def watch(
     every: int = EVERY,
     frozen: Sequence[str] = (),
     stall_s: float | None = None,
-    *more: Optimizer,
 ) -> Watcher:
     """Begins to watch a plain PyTorch loop; call before training, and `report()` on the result when you want to know.
 
@@ -34,17 +33,14 @@ def watch(
         frozen: beginnings of names of parameters that are not meant to be trained;
         stall_s: seconds without a step after which a thread logs where the loop stands. Where nothing is given, none
             does in a single process; with several ranks, it says which collective has been waited in for 300 seconds.
-            `math.inf` for never;
-        more: never anything: several optimizers that are given one by one are refused, with the list to give instead.
+            `math.inf` for never.
     Returns: a `Watcher`, whose `report()` gives the findings; `close()`, or the end of `with watch(...) as seen:`,
         takes its hooks away.
     Raises: ValueError for an argument of another kind; ConfigError, which is one, for the beginning of no parameter's
         name.
     """
-    from ris_fast.health.watch.watcher import SEVERAL, Watcher
+    from ris_fast.health.watch.watcher import Watcher
 
-    if more:
-        raise ValueError(SEVERAL)
     return Watcher(model, optimizer, every, frozen, stall_s)
 
 

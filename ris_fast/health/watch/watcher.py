@@ -28,11 +28,6 @@ from ris_fast.health.watch.samples import held_tensors
 from ris_fast.health.watch.schedulers import Schedulers, loss_scales
 from ris_fast.health.watch.start import Start, as_drawn
 
-SEVERAL = (
-    "watch: several optimizers are given, one by one. Give them as one list, e.g. watch(model, [optimizer, other]); the"
-    " arguments after it have names."
-)
-
 
 class Watcher:
     """Watches a model and its optimizers from outside; see `ris_fast.health.watch` for the arguments.
@@ -244,7 +239,10 @@ def _innermost(optimizer: Any) -> Any:
 def check_every(every: Any, optimizers: int) -> None:
     """Raises: ValueError for no optimizer, and for what is no number of steps."""
     if isinstance(every, Optimizer):
-        raise ValueError(SEVERAL)
+        raise ValueError(
+            "watch: several optimizers are given, one by one. Give them as one list, e.g. watch(model, [optimizer,"
+            " other])."
+        )
     if not optimizers or not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(
             f"watch: {optimizers} optimizers and every={_shown(every)}. Give at least one optimizer, and a whole number"
