@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from ris_fast.config.schema import Task
@@ -10,6 +11,7 @@ from ris_fast.data.geometry import CENTRED
 from ris_fast.data.npz_load import APART, Facts, clearly_apart
 
 BEYOND_DB = 0.5  # labels that are measured go a little beyond the range that was asked for
+OFTENER = 3.0  # times as often as other labels, that those which were clipped come
 NO_CHANNEL = (
     "no H_full in the files: the map from measurement to aperture is lost, and the validation "
     "NMSE will stay near 0.97 however well the optimizer works; generate the shards with H_full"
@@ -62,9 +64,11 @@ def channel_notes(facts: Facts) -> list[str]:
 def snr_notes(snr: Tensor, task: Task) -> list[str]:
     """Labels beyond the task's range, and labels that were clipped; one label for all is neither. Args: snr: (scenes,)
     dB."""
-    ends = {float(end): int((snr == end).sum()) for end in torch.aminmax(snr)}
-    many = max(3, 0.002 * snr.numel())
-    clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > many and len(ends) > 1]
+    values, counts = snr.unique(return_counts=True)  # values ascend
+    ends = dict(zip(values[[0, -1]].tolist(), counts[[0, -1]].tolist()))
+    usual = float(counts[1:-1].float().median()) if len(values) > 2 else math.inf  # of steps, or of scenes of a walk
+    many = max(3, 0.002 * snr.numel(), OFTENER * usual)
+    clipped = [f"{count} at {end:g} dB" for end, count in ends.items() if count > many]
     notes = []
     if max(ends) > task.snr_max_db + BEYOND_DB:
         notes.append(f"snr labels go up to {max(ends):.3g} dB; the task says {task.snr_max_db:g}")

@@ -87,7 +87,7 @@ def _columns(name: str, factor: Tensor, sources: int) -> list[str]:
     if factor.shape == adjoint.shape and torch.allclose(factor, adjoint, rtol=1e-3, atol=rounding):
         return [
             f"{name} returns a Hermitian matrix (N, N): if that is the covariance R itself, it is taken for the factor"
-            " F of R = F F^H. Return F, of a few columns"
+            " F of R = F F^H. Return F, of a few columns; the Hermitian root of R is one too"
         ]
     return []
 

@@ -240,7 +240,8 @@ def _check(weights: dict[str, float], task: Task, own: str) -> None:
     if not {*TRUTH_TERMS, own} & set(weights):
         raise ConfigError(
             f"CovarianceLoss: {', '.join(f'loss.{name} = 0' for name in TRUTH_TERMS)}: no term tells the "
-            "covariance factors what the truth is, so they would not learn. Set loss.cov above zero."
+            "covariance factors what the truth is, so they would not learn. Set loss.cov above zero; to 1e-3 where"
+            " a network makes its factors of the positions that it answers."
         )
     matched = [f"loss.{name}" for name in ("angle", "range") if name in weights]
     if matched and task.max_sources > MOST_MATCHED:

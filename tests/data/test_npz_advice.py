@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from ris_fast.commands.cli import main
 from ris_fast.config.load import load_config
-from ris_fast.config.schema import Config, ConfigError, Data
+from ris_fast.config.schema import Config, ConfigError, Data, Task
 from ris_fast.data.errors import DataError
+from ris_fast.data.npz_notes import snr_notes
 from ris_fast.data.open_source import open_source
 from ris_fast.health.preflight import truth
 from ris_fast.health.preflight.probe import PreflightContext
@@ -203,3 +205,17 @@ def test_labels_check_finds_scenes_beyond_the_files(tmp_path: Path) -> None:
     serve = run.source.batch
     run.source.batch = lambda split, index: replace(serve(split, index), azimuth=serve(split, index).azimuth * 57.3)
     assert "the files say" in label_findings(run)[0]
+
+
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (torch.arange(800) % 4 * 5.0, False),  # a campaign in steps of 5 dB
+        (torch.linspace(0.0, 15.0, 40).repeat_interleave(20), False),  # 20 scenes of each walk
+        ((10.0 * torch.randn(800, generator=torch.Generator().manual_seed(0))).clamp(-5.0, 20.0), True),
+        (torch.full((800,), 10.0), False),
+    ],
+    ids=["steps", "walks", "clipped", "one"],
+)
+def test_snr_labels_are_clipped_where_an_end_comes_more_often_than_others(labels: Tensor, said: bool) -> None:
+    assert any("pile up" in note for note in snr_notes(labels, Task())) == said

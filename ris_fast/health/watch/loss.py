@@ -45,6 +45,7 @@ from ris_fast.health.watch.terms import (
     sum_beside_mean,
     surrogate_sign,
     takes_extremes,
+    takes_smallest,
     term_of_outputs,
     term_without_graph,
     weight_terms,
@@ -153,7 +154,7 @@ def walk(now: LossRecord, node: Any, outputs: list[Tensor], leaves: GraphLeaves,
     now.over_scenes = over_scenes(near, rows, True) if ends or not told else []
     now.transposed, now.surrogate = reshaped_as_transposed(near), surrogate_sign(node)
     now.extremes, now.pairing = takes_extremes(near, ends), pairing(near, rows)
-    now.axis_apart = axis_apart(users)
+    now.axis_apart, now.chooses = axis_apart(users), takes_smallest(near)
     now.summed, now.ungraphed = sum_beside_mean(node, ends, rows), term_without_graph(node)
 
 

@@ -70,8 +70,8 @@ class LossRecord:
         by; summed: a sum over scenes is added to a mean over them; ungraphed: a number without a gradient is added;
         number: of the model's last pass; signs: see there; through: the chain of the one term that depends on outputs;
         of_weights: another depends on the model's parameters alone; transposed: see `operations`; surrogate, extremes,
-        pairing, axis_apart: see `terms`; compares_weights: in that other term they are compared with what has no
-        gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of
+        pairing, axis_apart, chooses: see `terms`; compares_weights: in that other term they are compared with what has
+        no gradient; of_inputs: one depends on the model's inputs alone; still: of differences that it is made of, of
         weights alone where nobody told of the loss, whether they are exactly zero.
     """
 
@@ -106,6 +106,7 @@ class LossRecord:
     extremes: bool = False
     pairing: str = ""
     axis_apart: str = ""
+    chooses: bool = False
 
     def on_host(self) -> LossRecord:
         host: dict[str, Any] = {name: [each.cpu() for each in getattr(self, name)] for name in ("factors", "still")}

@@ -23,7 +23,7 @@ SYMMETRIC, NOT = 1e-4, 1e-2  # relative distances of a matrix from its transpose
 PAIRED = 0.2  # that scenes of a pair are more alike than others
 TURNED = 0.15  # correlation of pictures
 MOST_ALIKE = 0.5  # of that of all numbers, a correlation of those of one channel
-PEAK = 0.02  # that one correlation is above others
+ALIKE, PEAK = 0.1, 0.02  # that one correlation is above others
 
 
 def layout_findings(loop: LoopRecord) -> list[Finding]:
@@ -64,7 +64,9 @@ def channels_last(trained: Sequence[PassRecord]) -> list[Finding]:
     known = [each for each in known if len(each) == len(known[0])]
     if len(known) < EARLY:
         return []
-    beside, before, apart, behind, *channels = torch.stack(known).double().mean(0).tolist()
+    beside, before, apart, behind, below, *channels = torch.stack(known).double().mean(0).tolist()
+    if max(below, ALIKE) > apart:  # neighbours as the shape is are more alike, as those of a Toeplitz matrix
+        return []
     if apart - max(beside, before, behind) < PEAK or sorted(channels)[(len(channels) - 1) // 2] < MOST_ALIKE * apart:
         return []
     shape = trained[0].shape

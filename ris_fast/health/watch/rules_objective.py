@@ -25,6 +25,7 @@ PRODUCT = ["Sub", "Mul"]  # of targets with what should be a logarithm, in a div
 ENDLESS = 20.0  # times its first size, below zero
 FEW = 0.3  # share of scenes with a gradient beyond a clamp
 STALLED, HARDLY, STEPS, VALUES = 0.97, 0.85, 120, 16  # of the first losses; steps and losses that show it
+FEW_TERMS = 16  # that a loss has, each with a weight
 TURNED, FALLEN = 0.999, 0.5  # cosine of gradients that are turned round; of its first size
 RISEN = 0.92  # of the highest mean of a few losses in a row, below which the first and the last ones lie
 
@@ -244,9 +245,9 @@ def _no_gradient(optimizer: OptimizerRecord) -> bool:
 
 
 def zero_loss_weight(losses: Sequence[LossRecord]) -> Iterator[Finding]:
-    """A term that is multiplied by zero in all losses."""
+    """A term that is multiplied by zero in all losses. One zero among many factors is a number of the data."""
     found = [[float(factor) == 0 for factor in each.factors] for each in losses if each.factors]
-    if len(found) >= LOOKS and all(any(each) for each in found):
+    if len(found) >= LOOKS and all(FEW_TERMS * sum(each) >= len(each) for each in found):
         yield finding(
             "zero_loss_weight",
             f"a term of the loss is multiplied by exactly zero in all {len(found)} losses whose terms were looked at.",

@@ -25,6 +25,7 @@ FLAT = 0.02  # of the spread between scenes at first
 CLOSE, ENTROPY = 0.1, 0.93  # share of the variance, and of the entropy of labels, that are as good as nothing
 CHANCE = 16.0  # squares of a correlation, times the numbers it is of, that are no accident
 FAR = 10.0  # times the variance of targets, that outputs are from them
+FALLEN = 0.5  # of the first losses
 ENDS = {"saturated_output", "dead_units"}  # of activations, where large inputs or weights lead to
 BEHIND_ENDS = {"ignored_input", "vanishing_gradient", "zeroed_gradients", "scenes_left_out"}
 BENT = {"Sigmoid", "Softmax", "LogSoftmax", "BinaryCrossEntropyWithLogits"}  # numbers that are no answers yet
@@ -196,7 +197,7 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
     variance = float(centred[1].square().sum())
     sizes = float(centred[0].norm() * centred[1].norm())
     labels = {*asked.unique().tolist()} <= {0.0, 1.0} and any(BENT.intersection(each.chain) for each in losses)
-    if len(made) < 4 * EARLY or not variance or labels or learned_order(losses):
+    if len(made) < 4 * EARLY or not variance or labels or learned_order(losses) or _of_other_pairs(losses):
         return ""
     squared = any({"MseLoss", "SmoothL1Loss", "HuberLoss", "Pow", "Abs"}.intersection(each.chain) for each in losses)
     followed = float((centred[0] * centred[1]).sum()) / sizes if sizes else 0.0
@@ -207,6 +208,15 @@ def _of_numbers(losses: Sequence[LossRecord]) -> str:
         if (followed**2 < min(CLOSE, CHANCE / made.numel()) and left > 1 - CLOSE) or (left > FAR and squared)
         else ""
     )
+
+
+def _of_other_pairs(losses: Sequence[LossRecord]) -> bool:
+    """Whether the loss compares outputs with other targets than those in their places, the nearest, or complex ones
+    whatever their phase is and has fallen far."""
+    values = [float(each.value) for each in losses if each.value is not None]
+    turned = all(each.outputs is not None and each.outputs.complex for each in losses)
+    fallen = len(values) >= 2 * EARLY and 0 <= sum(values[-4:]) < FALLEN * sum(values[:4])
+    return any(each.chooses for each in losses) or (turned and fallen)
 
 
 def _of_labels(losses: Sequence[LossRecord], above: float) -> str:

@@ -180,6 +180,8 @@ def pulled_away(losses: Sequence[LossRecord], uphill: bool | None = False, sever
             "Unlearning and adversaries do so on purpose. " + MAY_BE_MEANT,
             "Give `backward()` what is to become small: a minus too much, or one that is missing, turns it.",
         )
+    elif any(each.chooses for each in losses[:WALKED]):
+        return  # outputs are compared with other targets than those in their places
     elif (
         numbers and not labels and abs(mean(pulls)) < APART and 8 * sum(abs(each) > 0.5 for each in pulls) < len(pulls)
     ):

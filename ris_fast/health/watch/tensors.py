@@ -120,9 +120,9 @@ def from_transposes(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
-    """(4 + C,) of a first tensor (B, C, ...) with few channels C and many places each: how alike numbers are that lie
-    1, C - 1, C and C + 1 places apart in a scene, as correlations; and those C apart from each of the first C on. None
-    for any other."""
+    """(5 + C,) of a first tensor (B, C, ..., W) with few channels C and many places each: how alike numbers are that
+    lie 1, C - 1, C and C + 1 places apart in a scene, as correlations; the most alike of those W - 1, W and W + 1
+    apart, which are neighbours as the shape is; and those C apart from each of the first C on. None for any other."""
     tensor = tensors[0] if tensors and is_plain(tensors[0]) else None
     if tensor is None or tensor.ndim not in (3, 4) or not tensor.is_floating_point():
         return None
@@ -132,8 +132,10 @@ def likeness(tensors: Sequence[Tensor]) -> Tensor | None:
     rows = tensor.detach()[: max(1, MOST_NUMBERS // (channels * places))].flatten(1)[:, :MOST_NUMBERS].float()
     rows = rows - rows.mean()
     size = rows.square().mean().clamp_min(1e-30)
-    lags = (1, channels - 1, channels, channels + 1)
-    apart = torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() for lag in lags]) / size
+    near, width = (1, channels - 1, channels, channels + 1), tensor.shape[-1]
+    lags = (*near, *(max(1, width + step) for step in (-1, 0, 1)))
+    alike = torch.stack([(rows[:, lag:] * rows[:, :-lag]).mean() for lag in lags]) / size
+    apart = torch.cat([alike[: len(near)], alike[len(near) :].amax().reshape(1)])
     series = rows[:, : rows.shape[1] // channels * channels].unflatten(1, (-1, channels))
     each = (series[:, 1:] * series[:, :-1]).mean((0, 1)) / series.square().mean((0, 1)).clamp_min(1e-30)
     return torch.cat([apart, each])

@@ -16,6 +16,7 @@ from ris_fast.health.watch.tensors import is_plain
 
 TERMS, MEAN = 16, 1  # that are looked at; as losses keep their reduction
 LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss", "NllLoss", "BinaryCrossEntropy", "KlDiv")
+SMALLEST = {"Min", "Minimum", "Amin", "Aminmax", "Sort", "Topk"}
 BOUNDS = {"Minimum": 1, "Maximum": -1}
 SCALING = {"Mul", "Div", "Neg"}
 PAIRED = ("MseLoss", "SmoothL1Loss", "HuberLoss")
@@ -165,6 +166,11 @@ def takes_extremes(nodes: Iterable[Any], ends: set[Any]) -> bool:
     """Whether the smaller and the larger ones are taken of outputs as they are and of something else: as where boxes
     overlap, between their corners."""
     return {operation(node) for node in nodes if operation(node) in BOUNDS and _operand(node) in ends} == {*BOUNDS}
+
+
+def takes_smallest(nodes: Iterable[Any]) -> bool:
+    """Whether the smallest of several comparisons counts: of orders in which outputs may come, or of points."""
+    return any(operation(node) in SMALLEST for node in nodes)
 
 
 def axis_apart(nodes: Iterable[Any]) -> str:

@@ -232,7 +232,80 @@ def weights_that_find_their_size(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "learning_rate_too_large"
 
 
+def planes_of_covariances(wrong: bool) -> tuple[list[Finding], str]:
+    """Covariances of an array as three planes, alike along their diagonals; or reshaped as if the planes came first."""
+    model = nn.Sequential(nn.Flatten(), mlp(192, 32, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    seen, places = watch(model, optimizer), torch.arange(8)
+    for _ in range(60):
+        angle = 2 * torch.rand(64, 2, 1) - 1
+        waves = torch.exp(1j * torch.pi * angle * places)
+        lone = (waves[..., None] * waves[:, :, None].conj()).mean(1) + 0.1 * torch.eye(8)
+        planes = torch.stack([lone.real, lone.imag, lone.abs()], 1)
+        if wrong:
+            planes = F.avg_pool2d(torch.randn(64, 3, 10, 10), 3, 1)
+            planes = planes.permute(0, 2, 3, 1).reshape(64, 3, 8, 8)
+        step(optimizer, F.mse_loss(model(planes), angle.mean(1)))
+    return seen.report(), "wrong_layout"
+
+
+def sources_in_any_order(wrong: bool) -> tuple[list[Finding], str]:
+    """Two sources are told apart, in whichever order; or the term that compares them is cut off from the outputs."""
+    model = mlp(8, 64, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for _ in range(160):
+        x = torch.randn(64, 8)
+        asked = torch.where(torch.rand(64, 1) < 0.5, x[:, :2], x[:, :2].flip(1))
+        made = model(x)
+        errors = [(made - each).square().mean(1) for each in (asked, asked.flip(1))]
+        loss = torch.minimum(*errors).mean()
+        if wrong:
+            loss = F.mse_loss(made.detach(), asked) + (made - 3 * torch.randn_like(made)).square().mean()
+        step(optimizer, seen.loss(loss, made, asked))
+    return seen.report(), "dead_loss_term"
+
+
+def directions_up_to_a_phase(wrong: bool) -> tuple[list[Finding], str]:
+    """The loss does not mind the phase of a complex answer; or targets are those of other scenes."""
+    model, mixed = mlp(16, 64, 16), torch.randn(8, 8, dtype=torch.cfloat)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    seen = watch(model, optimizer)
+    for _ in range(300):
+        field = torch.randn(64, 8, dtype=torch.cfloat)
+        asked = F.normalize(field @ mixed, dim=1) * torch.exp(2j * torch.pi * torch.rand(64, 1))
+        if wrong:
+            asked = asked.roll(1, 0)
+        made = F.normalize(torch.view_as_complex(model(torch.view_as_real(field).flatten(1)).view(64, 8, 2)), dim=1)
+        loss = 1 - (made.conj() * asked).sum(1).abs().square().mean()
+        step(optimizer, seen.loss(loss, made, asked))
+    return seen.report(), "shuffled_labels"
+
+
+def a_zero_of_the_data(wrong: bool) -> tuple[list[Finding], str]:
+    """A recursion meets a number of the data that is zero; or a term has no weight."""
+    model, series = nn.Linear(1, 2), torch.randn(40)
+    series[0] = 0.0
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    seen = watch(model, optimizer)
+    for _ in range(60):
+        share, level = model(torch.ones(1)).sigmoid()
+        value, values = torch.ones(()), []
+        for each in series[:-1]:
+            value = level + share * each * each
+            values.append(value)
+        loss = (torch.stack(values) - series[1:].square()).square().mean()
+        if wrong:
+            loss = (model(torch.randn(16, 1)) - 1).square().mean() + torch.tensor(0.0) * model.weight.square().mean()
+        step(optimizer, seen.loss(loss))
+    return seen.report(), "zero_loss_weight"
+
+
 CASES = [
+    planes_of_covariances,
+    sources_in_any_order,
+    directions_up_to_a_phase,
+    a_zero_of_the_data,
     weights_that_find_their_size,
     residual_that_vanishes,
     values_of_actions,
