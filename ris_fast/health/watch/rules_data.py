@@ -38,6 +38,7 @@ SMALL, LARGE, UNEQUAL = 3e-4, 3e3, 1e5  # spreads of inputs
 LEAST_UNEQUAL = 30.0  # of the largest of unequal ones: beside smaller ones others are what rounding leaves
 GROUPS, GROWN = 6, 1.3  # parts of a run, from one to the next of which inputs spread further; factor on it in all
 TOGETHER, UNLIKE = 0.02, 0.5  # mean square of correlations within a scene; share of it that two sets have in common
+SERIES = 0.3  # mean correlation of neighbours, which another order would not leave
 DRAWS, BEYOND = 40, 1.2  # divisions of both sets by chance; factor by which their own is further apart than by any
 
 
@@ -270,6 +271,8 @@ def inner_order_differs(trained: list[PassRecord], evaluated: list[PassRecord]) 
     alike = float((of_one * of_other).sum()) / pairs
     if max(sizes) < TOGETHER or alike > UNLIKE * max(sizes) or not _are_unlike(one, other):
         return []
+    if min(float(each.diagonal(1).mean()) for each in (of_one, of_other)) > SERIES:
+        return []  # windows of a series, in the same order in both: it is another part of the series
     return [
         finding(
             "distributions_differ",

@@ -282,6 +282,25 @@ def directions_up_to_a_phase(wrong: bool) -> tuple[list[Finding], str]:
     return seen.report(), "shuffled_labels"
 
 
+def windows_of_a_later_part(wrong: bool) -> tuple[list[Finding], str]:
+    """Windows of a series of which a later part is evaluated, of other periods; or their columns in another order."""
+    model, steps = mlp(32, 16, 1), torch.arange(900.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    waves = torch.sin(steps / torch.where(steps < 600, 40, 5)) + 0.3 * torch.sin(steps / 3)
+    windows = (waves + 0.2 * torch.randn(900)).unfold(0, 33, 1)
+    early, late = windows[:560], windows[620:]
+    seen = watch(model, optimizer)
+    for number in range(60):
+        rows = early[torch.randint(len(early), (32,))]
+        step(optimizer, F.mse_loss(model(rows[:, :32]), rows[:, 32:]))
+        if number % 10 == 9:
+            model.eval()
+            with torch.no_grad():
+                model(late[:, :32][:, torch.arange(32).view(4, 8).T.flatten()] if wrong else late[:, :32])
+            model.train()
+    return seen.report(), "distributions_differ"
+
+
 def a_zero_of_the_data(wrong: bool) -> tuple[list[Finding], str]:
     """A recursion meets a number of the data that is zero; or a term has no weight."""
     model, series = nn.Linear(1, 2), torch.randn(40)
@@ -305,6 +324,7 @@ CASES = [
     planes_of_covariances,
     sources_in_any_order,
     directions_up_to_a_phase,
+    windows_of_a_later_part,
     a_zero_of_the_data,
     weights_that_find_their_size,
     residual_that_vanishes,
