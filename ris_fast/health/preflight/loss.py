@@ -38,11 +38,7 @@ def weights(context: PreflightContext) -> Iterator[Finding]:
             "zero_loss_weight", f"no term tells the factors what the truth is: the weights are {_shown(given)}."
         )
     elif given.get("cov", 0.0) <= 0:
-        yield Finding(
-            "zero_loss_weight",
-            f"loss.cov, the main term, has weight zero; what remains is {_shown(given)}.",
-            certain=False,
-        )
+        yield Finding("zero_loss_weight", f"loss.cov, the main term, has weight zero; what remains is {_shown(given)}.")
 
 
 def _shown(given: Mapping[str, float]) -> str:
