@@ -45,7 +45,7 @@ class FunctionChecks:
     def __init__(self) -> None:
         self.checked: set[type] = set()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-        self.wrapped: list[Any] = []
+        self.wrapped: list[tuple[Any, Any]] = []  # functions, and what stood as their forward
         self.found: list[FunctionCheck] = []
 
     def begin(self, functions: Iterable[Any]) -> None:
@@ -137,7 +137,7 @@ def check_function(function: Any, args: tuple[Any, ...]) -> FunctionCheck | None
     def leaves(shift: float = 0.0, along: dict[int, Tensor] | None = None) -> list[Any]:
         made = []
         for number, each in enumerate(args):
-            if isinstance(each, Tensor) and each.is_floating_point():
+            if _is_real(each):
                 value = each.double()
                 made.append(value + shift * along[number] if along else value.clone().requires_grad_())
             else:
@@ -147,7 +147,7 @@ def check_function(function: Any, args: tuple[Any, ...]) -> FunctionCheck | None
     def outputs(given: list[Any]) -> list[Tensor]:
         made = function.apply(*given)
         made = list(made) if isinstance(made, (tuple, list)) else [made]
-        return [each for each in made if isinstance(each, Tensor) and each.is_floating_point()]
+        return [each for each in made if _is_real(each)]
 
     def drawn(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)

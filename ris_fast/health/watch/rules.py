@@ -137,13 +137,9 @@ def optimizer_findings(loop: LoopRecord, optimizer: OptimizerRecord) -> list[Fin
         return list(rules_rates.built_anew(optimizer)) or list(step_never_called(loop, optimizer))
     if lost := list(rules_parameters.nonfinite_step(optimizer)):
         return lost  # whatever later steps show comes from that
-    records = optimizer.records
+    records, learned = optimizer.records, has_learned(loop) or has_settled(optimizer.records)
     return [
-        *(
-            each
-            for record in records
-            for each in single_step(record, optimizer, has_learned(loop) or has_settled(records))
-        ),
+        *(each for record in records for each in single_step(record, optimizer, learned)),
         *rules_guards.guard_findings(records),
         *(rules_guards.loss_not_finite(loop, records) if len(loop.optimizers) == 1 else ()),
         *rules_gradients.reversed_gradients(records, rules_objective.is_negated(loop)),

@@ -1,4 +1,4 @@
-"""The plain PyTorch network and loop that the tests of the watch share."""
+"""The plain PyTorch networks and loops that the tests of the watch share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ris_fast.health.finding import Finding
+
+Loop = Callable[[bool], tuple[list[Finding], str]]  # with a mistake or without; what is found, and the mistake's cause
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:]):
+        parts += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*parts[:-1])
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def network() -> nn.Sequential:
